@@ -1,0 +1,1 @@
+"""Many processes: submit, follow, requeue. Torch-free on the login node."""

@@ -1,0 +1,1 @@
+"""Pure torch: tensors in, tensors out. Imports nothing else of ours."""

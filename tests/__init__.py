@@ -1,0 +1,1 @@
+"""Tests state laws; one file per program file, and the cross-cutting ones."""
