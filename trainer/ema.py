@@ -1,0 +1,38 @@
+"""Power-function averages of the weights, kept in fp32 on the shards of the masters (Karras et al. 2024, Section 3).
+
+1/N of the memory and of the time per rank and no communication per step. An average is gathered only when a snapshot is written.
+The averages see the weights after Adam and before they are renormalised, as the reference does.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainer.ema_profiles import beta, gamma_from_sigma_rel
+
+if TYPE_CHECKING:
+    from trainer.optimizer import Fragment
+
+
+class ShardedEma:
+    """One fp32 tensor per fragment and tracked length."""
+
+    def __init__(self, fragments: Sequence["Fragment"], sigma_rel: Sequence[float]):
+        self.fragments = list(fragments)
+        self.sigma_rel = list(sigma_rel)
+        self.gammas = [float(gamma_from_sigma_rel(s)) for s in self.sigma_rel]
+        # the first update has beta 0, so that these first values leave no trace
+        self.averages: list[list[Tensor]] = [[f.master.clone() for f in self.fragments] for _ in self.sigma_rel]
+
+    @torch.no_grad()
+    def update(self, clock_after: int, batch: int) -> None:
+        """Move every average towards the masters: ema <- lerp(master, ema, (1 - batch / clock_after)^(gamma + 1))."""
+        masters = [f.master for f in self.fragments]
+        for gamma, average in zip(self.gammas, self.averages, strict=True):
+            torch._foreach_lerp_(average, masters, 1.0 - float(beta(clock_after, batch, gamma)))
+
+    def num_bytes(self) -> int:
+        """Return what the averages hold in this rank's memory."""
+        return sum(t.numel() * t.element_size() for average in self.averages for t in average)

@@ -1,0 +1,267 @@
+"""Adam on magnitude-preserving shards: the weight normalisation that EDM2's reference does in every forward, done once per step.
+
+For a row w of fan-in n with r = RMS(w), and g the gradient with respect to the stored weight as the plain forward sees it:
+
+    before Adam   g <- (g - w <w, g> / (n r (r + eps))) / (r + eps)     the backward of w / (r + eps), exactly
+    Adam          on the projected gradient
+    averages      move towards the weights as Adam left them
+    afterwards    w <- w / (r + eps)                                    forced weight normalisation (Karras et al. 2024, Eq. 66)
+
+The masters live in ZeRO partitions, which cut through rows: the sums of a cut row are completed by one small all-reduce before and
+one after Adam. Everything hangs on step hooks of a client torch.optim.Adam, so that DeepSpeed needs no patch. Only weights that a
+layer marks are rows; a gain of shape [1] taken for a row would be forced to +-1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.magnitude import EPS, normalized_parameters
+from trainer.ema import ShardedEma
+
+
+@dataclass
+class Fragment:
+    """This rank's piece of one parameter's fp32 master; the only way to it for optimizer, averages, snapshots and checkpoints."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int  # first element, in the flattened whole tensor
+    master: Tensor  # 1-D fp32 view
+    row_length: int  # elements of one output row if the weight is marked normalised, else 0
+    flat: Tensor  # the optimizer's parameter that holds it
+    offset: int  # where in `flat`
+
+    @property
+    def grad(self) -> Tensor:
+        """Return the 1-D view of the gradient that belongs to `master`."""
+        return self.flat.grad.view(-1)[self.offset : self.offset + self.master.numel()]
+
+    def state(self, adam: torch.optim.Adam, key: str) -> Tensor:
+        """Return the 1-D view of one of Adam's moments that belongs to `master`."""
+        return adam.state[self.flat][key].view(-1)[self.offset : self.offset + self.master.numel()]
+
+
+def row_length(module: torch.nn.Module) -> dict[str, int]:
+    """Map every parameter's name to the length of its rows, 0 where it is not marked normalised."""
+    marked = normalized_parameters(module)
+    return {name: p.numel() // p.shape[0] if name in marked else 0 for name, p in module.named_parameters()}
+
+
+def whole_fragments(module: torch.nn.Module) -> list[Fragment]:
+    """Return one fragment per parameter, whole: a single process without ZeRO."""
+    rows = row_length(module)
+    return [
+        Fragment(name, tuple(p.shape), 0, p.detach().view(-1), rows[name], p, 0)
+        for name, p in module.named_parameters()
+    ]
+
+
+@dataclass
+class _Piece:
+    """Part of a row that a partition boundary cuts; `slot` is the row's place in the shared vector."""
+
+    fragment: Fragment
+    begin: int
+    end: int
+    slot: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor[self.begin : self.end]
+
+
+@dataclass
+class _Rows:
+    """The complete rows of one fragment as a [rows, row_length] window."""
+
+    fragment: Fragment
+    begin: int
+    end: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor[self.begin : self.end].view(-1, self.fragment.row_length)
+
+
+@dataclass
+class RowLayout:
+    """Which rows are complete on this rank, and which are shared with a neighbour."""
+
+    whole: list[_Rows] = field(default_factory=list)
+    pieces: list[_Piece] = field(default_factory=list)
+    plain: list[Fragment] = field(default_factory=list)  # gains: no rows
+    cut_lengths: list[int] = field(default_factory=list)  # by slot, the same on every rank
+
+    @classmethod
+    def of(cls, fragments: Sequence[Fragment]) -> "RowLayout":
+        """Split fragments at row boundaries; collective where a process group exists, since ranks agree on the slots."""
+        layout, cuts = cls(), []
+        for f in fragments:
+            if not f.row_length:
+                layout.plain.append(f)
+                continue
+            end = f.start + f.master.numel()
+            first, last = math.ceil(f.start / f.row_length) * f.row_length, end // f.row_length * f.row_length
+            if first < last:
+                layout.whole.append(_Rows(f, first - f.start, last - f.start))
+            spans = [(f.start, first), (last, end)] if first <= last else [(f.start, end)]
+            cuts += [(f, a, b) for a, b in spans if a < b]
+        layout._agree_on_slots(cuts)
+        return layout
+
+    def _agree_on_slots(self, cuts: list[tuple[Fragment, int, int]]) -> None:
+        mine = [(f.name, a // f.row_length, f.row_length) for f, a, _ in cuts]
+        rows = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            rows = [None] * dist.get_world_size()
+            dist.all_gather_object(rows, mine)
+        order = {key: slot for slot, key in enumerate(sorted({key for part in rows for key in part}))}
+        self.cut_lengths = [length for _, _, length in order]
+        self.pieces = [
+            _Piece(f, a - f.start, b - f.start, order[key]) for (f, a, b), key in zip(cuts, mine, strict=True)
+        ]
+
+
+class MagnitudeAdam:
+    """Turn the step of a torch Adam into the magnitude-preserving step, by hooks.
+
+    Call `schedule` before every `adam.step()`. `nonfinite` says what a non-finite gradient does: 'stop' and 'skip' mask Adam and
+    the renormalisation on the device (the averages and the clock go on), 'zero' zeroes the entries as EDM2 does. The host learns of
+    it through `read_nonfinite`, one step later, so that no step waits for the device.
+    """
+
+    def __init__(
+        self, adam: torch.optim.Adam, fragments: Sequence[Fragment], ema: ShardedEma | None, nonfinite: str = "stop"
+    ):
+        self.adam, self.fragments, self.ema, self.nonfinite = adam, list(fragments), ema, nonfinite
+        self.layout = RowLayout.of(self.fragments)
+        self.device = self.fragments[0].master.device
+        self.gradient_norm = torch.zeros((), device=self.device)
+        self.nonfinite_counts = torch.zeros(len(self.fragments), device=self.device)  # of this rank, last step
+        self.masked = torch.zeros((), device=self.device)  # 1 while a step is masked; sticky with 'stop'
+        self.num_masked = torch.zeros((), device=self.device)
+        self._gradient_scale, self._clock_after, self._batch = 1.0, 0, 0
+        self._init_adam_state()
+        adam.register_step_pre_hook(lambda *_: self._before_adam())
+        adam.register_step_post_hook(lambda *_: self._after_adam())
+
+    def _init_adam_state(self) -> None:
+        # as Adam itself would on its first step; made here so that a checkpoint can be loaded into it before any step
+        for group in self.adam.param_groups:
+            for p in group["params"]:
+                self.adam.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+    def schedule(self, learning_rate: float, gradient_scale: float, clock_after: int, batch: int) -> None:
+        """Set what the next step uses: learning rate, factor for the gradients, clock after the step and images of the step."""
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        self._gradient_scale, self._clock_after, self._batch = gradient_scale, clock_after, batch
+
+    @torch.no_grad()
+    def _before_adam(self) -> None:
+        grads = [f.grad for f in self.fragments]
+        self.nonfinite_counts = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
+        if self.nonfinite == "zero":
+            for g in grads:
+                g.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        squares = torch.stack([torch.linalg.vector_norm(g) for g in grads]).square().sum()
+        shared = self._shared_sums(squares)
+        self.gradient_norm = shared[-2].sqrt() * self._gradient_scale
+        if self.nonfinite != "zero":
+            bad = (shared[-1] > 0).float()
+            self.masked = torch.maximum(self.masked, bad) if self.nonfinite == "stop" else bad
+        self.num_masked = self.num_masked + (shared[-1] > 0).float()
+        self.adam.found_inf = (
+            self.masked
+        )  # the protocol of torch.amp.GradScaler: fused Adam leaves everything untouched at 1
+        self._project(shared[: 2 * len(self.layout.cut_lengths)].view(2, -1))
+
+    def _shared_sums(self, squares: Tensor) -> Tensor:
+        """Return [<w,w> per cut row, <w,g> per cut row, sum of squared gradients, non-finite entries], summed over ranks."""
+        num = len(self.layout.cut_lengths)
+        shared = torch.zeros(2 * num + 2, device=self.device)
+        for piece in self.layout.pieces:
+            w, g = piece.of(piece.fragment.master), piece.of(piece.fragment.grad)
+            shared[piece.slot] = torch.dot(w, w)
+            shared[num + piece.slot] = torch.dot(w, g)
+        shared[-2], shared[-1] = squares, self.nonfinite_counts.sum()
+        _sum_over_ranks(shared)
+        return shared
+
+    def _project(self, cut: Tensor) -> None:
+        scale = self._gradient_scale
+        for f in self.layout.plain:
+            f.grad.mul_(scale)
+        for rows in self.layout.whole:
+            w, g, n = rows.of(rows.fragment.master), rows.of(rows.fragment.grad), rows.fragment.row_length
+            r = torch.linalg.vector_norm(w, dim=1, keepdim=True) / math.sqrt(n)
+            dot = (w * g).sum(1, keepdim=True)
+            g.addcmul_(w, dot / _positive(n * r * (r + EPS)), value=-1.0).mul_(scale / (r + EPS))
+        for piece in self.layout.pieces:
+            w, g, n = piece.of(piece.fragment.master), piece.of(piece.fragment.grad), piece.fragment.row_length
+            r = (cut[0, piece.slot] / n).sqrt()
+            g.addcmul_(w, cut[1, piece.slot] / _positive(n * r * (r + EPS)), value=-1.0).mul_(scale / (r + EPS))
+
+    @torch.no_grad()
+    def _after_adam(self) -> None:
+        if self.ema is not None:
+            self.ema.update(self._clock_after, self._batch)
+        for rows in self.layout.whole:
+            w = rows.of(rows.fragment.master)
+            r = torch.linalg.vector_norm(w, dim=1, keepdim=True) / math.sqrt(rows.fragment.row_length)
+            w.mul_(self._unless_masked(1.0 / (r + EPS)))
+        if not self.layout.cut_lengths:
+            return
+        squares = self._cut_squares()
+        for piece in self.layout.pieces:
+            r = (squares[piece.slot] / piece.fragment.row_length).sqrt()
+            piece.of(piece.fragment.master).mul_(self._unless_masked(1.0 / (r + EPS)))
+
+    def _cut_squares(self) -> Tensor:
+        squares = torch.zeros(len(self.layout.cut_lengths), device=self.device)
+        for piece in self.layout.pieces:
+            w = piece.of(piece.fragment.master)
+            squares[piece.slot] = torch.dot(w, w)
+        _sum_over_ranks(squares)
+        return squares
+
+    def _unless_masked(self, factor: Tensor) -> Tensor:
+        # times 1.0 is the identity, bitwise: a masked step leaves every weight as it was
+        return torch.where(self.masked > 0, torch.ones_like(factor), factor)
+
+    def read_nonfinite(self) -> dict[str, int]:
+        """Return {tensor: entries} of the last step's non-finite gradients on this rank; waits for the device."""
+        counts = self.nonfinite_counts.tolist()
+        return {f.name: int(c) for f, c in zip(self.fragments, counts, strict=True) if c}
+
+    @torch.no_grad()
+    def row_rms_deviation(self) -> Tensor:
+        """Return the largest |RMS - (1 - eps)| over all rows of all ranks; collective, 0-d."""
+        worst = torch.zeros((), device=self.device)
+        for rows in self.layout.whole:
+            r = torch.linalg.vector_norm(rows.of(rows.fragment.master), dim=1) / math.sqrt(rows.fragment.row_length)
+            worst = torch.maximum(worst, (r - (1 - EPS)).abs().max())
+        if self.layout.cut_lengths:
+            lengths = torch.tensor(self.layout.cut_lengths, device=self.device)
+            r = (self._cut_squares() / lengths).sqrt()
+            worst = torch.maximum(worst, (r - (1 - EPS)).abs().max())
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return worst
+
+
+def _positive(x: Tensor) -> Tensor:
+    # an all-zero row has <w, g> = 0: any positive denominator gives the right 0
+    return x.clamp_min(1e-30)
+
+
+def _sum_over_ranks(tensor: Tensor) -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)

@@ -1,0 +1,70 @@
+"""RUN/state.json: one of the two words between trainer and cluster (the other is the exit status).
+
+Written atomically by rank 0 of the trainer, read only by others. Torch-free, so that a login node can read it.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+VERSION = 1
+
+
+def read(run: str | os.PathLike) -> dict:
+    """Return the run's state, {} where the run has none yet."""
+    try:
+        return json.loads((Path(run) / "state.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+class RunState:
+    """What others may know of a run: status, clock, attempt (which start of the run this is), last checkpoint, last error."""
+
+    def __init__(self, run: str | os.PathLike, rank: int, duration_images: int):
+        self.path, self.rank = Path(run) / "state.json", rank
+        before = read(run)
+        self.values = {
+            "version": VERSION,
+            "status": "starting",
+            "clock": before.get("clock", 0),
+            "duration": duration_images,
+            "attempt": before.get("attempt", 0) + 1,
+            "last_checkpoint": before.get("last_checkpoint", 0),
+            "last_error": "",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+
+    @property
+    def attempt(self) -> int:
+        """Count the starts of this run; each is a life that checkpoints and snapshots name."""
+        return self.values["attempt"]
+
+    def write(self, **changes) -> None:
+        """Merge `changes` and replace the file in one step; ranks other than 0 only remember."""
+        self.values.update(changes, time=time.time())
+        if self.rank == 0:
+            write_atomically(self.path, json.dumps(self.values, indent=1).encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, fsync, rename, fsync the folder: a reader sees the old or the new file, whole, on NFS and Lustre too."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""Signals become one agreed stop at a step boundary.
+
+A signal to any one rank leads all ranks to the same boundary: each step's vote is an all-reduce on the CPU group that is started after
+the step and read after the next one, so that it never waits for a device. Torch-free until voting begins: `listen` runs before the
+slow imports, so that a signal during start-up is kept, not lost.
+"""
+
+import signal
+
+# exit statuses, by how they are understood in cluster/job.py; the larger one wins a vote
+START_AGAIN = 75  # EX_TEMPFAIL: saved, start me again
+INTERRUPTED = 130  # saved after Ctrl-C, don't restart
+
+STATUS = {signal.SIGTERM: START_AGAIN, signal.SIGUSR2: START_AGAIN, signal.SIGINT: INTERRUPTED}
+
+
+class Stop:
+    """A request to stop, voted on by all ranks."""
+
+    def __init__(self):
+        self.requested = 0
+        self._pending = None
+        self._group = None
+
+    def listen(self) -> "Stop":
+        """Install the handlers; a handler only notes the request."""
+        for number, status in STATUS.items():
+            signal.signal(number, lambda *_, status=status: self.request(status))
+        return self
+
+    def request(self, status: int) -> None:
+        """Ask for a stop with this exit status."""
+        self.requested = max(self.requested, status)
+
+    def vote_in(self, group) -> None:
+        """Vote in this process group of CPU tensors (None: a single process)."""
+        self._group = group
+
+    def agreed(self) -> int:
+        """Return the exit status all ranks agreed on with the previous call's vote, 0 to go on; cast this step's vote."""
+        import torch
+        import torch.distributed as dist
+
+        if self._group is None:
+            return self.requested
+        result = 0
+        if self._pending is not None:
+            work, ballot = self._pending
+            work.wait()
+            result = int(ballot)
+        ballot = torch.tensor(self.requested, dtype=torch.int32)
+        self._pending = (dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self._group, async_op=True), ballot)
+        return result
+
+    def finish(self) -> None:
+        """Wait for the vote still under way, so that the group can be left."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
