@@ -1,0 +1,105 @@
+"""Denoiser D(x; sigma): EDM preconditioning (Karras et al., arXiv 2206.00364, Table 1) around a network, and EDM2's
+uncertainty head u(sigma) (arXiv 2312.02696, Appendix B.9).
+
+What a maintainer must not break: parameters, coefficients, embedding, u and D stay in fp32 whatever `activations` is;
+only the network's input is cast, and convolutions and attention follow the type of their input.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.edm2 import UNet, magnitude
+from models.magnitude import MPConv, MPFourier
+
+ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Denoiser(nn.Module):
+    """Precondition `unet` so that its input and its target have unit variance at every noise level.
+
+    c_skip = sd^2 / (s^2 + sd^2), c_out = s sd / sqrt(s^2 + sd^2), c_in = 1 / sqrt(s^2 + sd^2), c_noise = ln(s) / 4.
+    """
+
+    def __init__(self, unet: nn.Module, model: dict, activations: str = "fp32"):
+        super().__init__()
+        self.model = dict(model)
+        self.resolution, self.channels, self.label_dim = model["resolution"], model["channels"], model["label_dim"]
+        self.sigma_data = float(model.get("sigma_data", 0.5))
+        self.activations = ACTIVATIONS[activations]
+        self.unet = unet
+        logvar_channels = model.get("logvar_channels", 128)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        return_logvar: bool = False,
+        collect: bool = False,
+        dropout_mask=None,
+    ) -> Tensor | tuple:
+        """Return D, (D, logvar [N, 1, 1, 1]) or, when `collect`, (D, logvar, magnitudes).
+
+        `x` is fp32 [N, C, H, W]; `sigma` [N] or a 0-d tensor for the whole batch; `labels` int64 [N] (-1 = none, and
+        any class outside the range counts as none), rows [N, label_dim] or None, not looked at where label_dim is 0.
+        `dropout_mask(layer, shape)` gives the keep mask of a block's dropout, a function of the samples' positions; it
+        is required in training mode where the model has dropout. Magnitudes are 0-d tensors by layer name, with
+        "<block>.clipped" (share of clipped activations) and "<block>.attn_logit_max" beside them.
+        """
+        x = x.to(torch.float32)
+        sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
+        variance = sigma**2 + self.sigma_data**2
+        c_skip, c_in = self.sigma_data**2 / variance, variance.rsqrt()
+        c_out = sigma * self.sigma_data * c_in
+        c_noise = sigma.flatten().log() / 4
+
+        f, seen = self.unet((c_in * x).to(self.activations), c_noise, labels, dropout_mask, collect)
+        denoised = c_skip * x + c_out * f.to(torch.float32)
+        if not (return_logvar or collect):
+            return denoised
+        logvar = self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+        if not collect:
+            return denoised, logvar
+        magnitudes = {f"unet.{name}": value for name, value in seen.items()}
+        return denoised, logvar, magnitudes | {"logvar_linear": magnitude(logvar)}
+
+
+# Config keys of the network (INTERFACES of the config group `model`); the others belong to Denoiser.
+_TUPLES = ("channel_mult", "attn_resolutions", "resample_filter")
+_EDM2 = (
+    *_TUPLES,
+    *("model_channels", "num_blocks", "channels_per_head", "channel_mult_noise", "channel_mult_emb", "label_balance"),
+    *("concat_balance", "residual_balance", "attn_balance", "clip_act", "dropout"),
+)
+_DENOISER = ("family", "resolution", "channels", "label_dim", "logvar_channels", "sigma_data")
+
+
+def build(model: dict, activations: str = "fp32", activation_checkpointing: bool = False) -> Denoiser:
+    """Build the denoiser that the config group `model` describes, with fresh weights from torch's generator.
+
+    Rows are not normalised yet: `magnitude.normalize_rows_` does it for training, `use_weights_` for inference.
+    Raise ValueError for an unknown family, activation type or key, a missing key and impossible sizes.
+    """
+    family = model.get("family", "edm2")
+    if family != "edm2":
+        raise ValueError(f"model.family {family!r}: known families are edm2; correct model.family")
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
+    unknown = sorted(set(model) - {*_EDM2, *_DENOISER})
+    if unknown:
+        raise ValueError(f"model.{unknown[0]}: no such key for the family edm2; remove it")
+    for key in ("resolution", "channels", "label_dim"):
+        if key not in model:
+            raise ValueError(f"model.{key} is missing: state it as an integer")
+    options = {key: tuple(model[key]) if key in _TUPLES else model[key] for key in _EDM2 if key in model}
+    levels = len(options.get("channel_mult", (1, 2, 3, 4)))
+    if model["resolution"] % (1 << levels - 1):
+        raise ValueError(
+            f"model.resolution {model['resolution']}: {levels} levels (channel_mult) need a multiple of "
+            f"{1 << levels - 1}; change the resolution or use fewer levels"
+        )
+    sizes = (model["resolution"], model["channels"], model["label_dim"])
+    unet = UNet(*sizes, activation_checkpointing=activation_checkpointing, **options)
+    return Denoiser(unet, model, activations)

@@ -1,0 +1,159 @@
+"""Magnitude-preserving primitives of EDM2 (Karras et al., arXiv 2312.02696, config G), each headed by its equation.
+
+No learned layer here normalises its weight in the forward pass: the optimizer keeps every marked row at RMS 1 - EPS
+(DESIGN, decision 2), and `use_weights_` does it once where a network is loaded for inference. What a maintainer must
+not break: which parameters are rows to normalise is marked on the layer (`MPConv.normalized`), never guessed from
+the number of dimensions or the name, because a gain treated as a row would become +-1.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-4  # added to the RMS, not to its square (Algorithm 1 of the paper; facts measured on the reference)
+SILU_RMS = 0.596  # RMS of silu(x) for x ~ N(0, 1), rounded as in the paper (Eq. 81)
+
+_CONVOLUTIONS = {2: F.linear, 3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RMS(v) = sqrt(mean(v^2)), accumulated in fp32 whatever the type of v
+
+
+def rms(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Return the fp32 root mean square of `x` over `dim`, with those dimensions kept at length 1."""
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32) * math.sqrt(_fraction(x, dim))
+
+
+def _fraction(x: Tensor, dim: int | tuple[int, ...]) -> float:
+    dims = (dim,) if isinstance(dim, int) else dim
+    return 1 / math.prod(x.shape[d] for d in dims)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation (Eq. 47): x / (eps + RMS(x)); over the channels of every pixel it is the pixel norm
+
+
+def normalize(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Scale `x` to unit RMS over `dim` (all but the first by default); zeros stay zeros."""
+    dim = tuple(range(1, x.ndim)) if dim is None else dim
+    return x / (rms(x, dim) + EPS).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Magnitude-preserving SiLU (Eq. 81): silu(x) / 0.596
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """Apply SiLU and undo its loss of magnitude."""
+    return F.silu(x) / SILU_RMS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Magnitude-preserving sum (Eq. 88): ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)
+
+
+def mp_sum_weights(t: float) -> tuple[float, float]:
+    """Return the factors of a and b in the sum."""
+    norm = math.hypot(1 - t, t)
+    return (1 - t) / norm, t / norm
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Blend the main path `a` with `b`, `t` being the share of `b`."""
+    weight_a, weight_b = mp_sum_weights(t)
+    return torch.add(a * weight_a, b, alpha=weight_b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Magnitude-preserving concatenation (Eq. 103): C [(1 - t)/sqrt(Na) a, t/sqrt(Nb) b], C = sqrt((Na + Nb)/((1 - t)^2 + t^2))
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Concatenate `a` and the skip `b` on the channels so that each contributes by its share whatever its width."""
+    num_a, num_b = a.shape[1], b.shape[1]
+    weight_a, weight_b = mp_sum_weights(t)
+    scale = math.sqrt(num_a + num_b)
+    return torch.cat([a * (scale * weight_a / math.sqrt(num_a)), b * (scale * weight_b / math.sqrt(num_b))], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Magnitude-preserving Fourier features (Eq. 75): sqrt(2) cos(f c + phi), f = 2 pi N(0, 1), phi = 2 pi U(0, 1)
+
+
+class MPFourier(nn.Module):
+    """Embed a scalar per sample as `channels` random cosines of unit magnitude; the 2 pi is inside the buffers."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N] to [N, channels] in fp32: frequencies reach 20, and 16 bits would lose the phase."""
+        angle = torch.outer(x.float(), self.freqs) + self.phases
+        return (torch.cos(angle) * math.sqrt(2)).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learned layer (Eq. 47): conv(x, w gain / sqrt(fan_in)) with rows of unit magnitude; no bias
+
+
+class MPConv(nn.Module):
+    """Convolve, or multiply where `kernel` is empty, by a weight [out, in, *kernel] whose rows have unit RMS.
+
+    The weight is multiplied by gain / sqrt(fan_in) in fp32 and cast to the type of the input. Padding keeps the size.
+    """
+
+    normalized = ("weight",)  # the parameters whose rows (index 0) the optimizer keeps at RMS 1 - EPS
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...] = ()):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.scale = 1 / math.sqrt(in_channels * math.prod(kernel))  # 1 / sqrt(fan_in)
+        self.padding = tuple(size // 2 for size in kernel)
+
+    def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
+        """Apply the layer to [N, in, *space] (or [N, in]); `gain` is a number or a tensor of shape [1]."""
+        weight = (self.weight * (gain * self.scale)).to(x.dtype)
+        if not self.padding:
+            return F.linear(x, weight)
+        return _CONVOLUTIONS[weight.ndim](x, weight, padding=self.padding)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forced weight normalisation (Eq. 66): w <- w / (eps + RMS(w)) per row; repeated, its fixed point is RMS(w) = 1 - eps
+
+
+def normalized_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that their layers mark as row-normalised, by name (weights of MPConv; never gains)."""
+    found = {}
+    for prefix, layer in module.named_modules():
+        for name in getattr(layer, "normalized", ()):
+            found[f"{prefix}.{name}" if prefix else name] = getattr(layer, name)
+    return found
+
+
+@torch.no_grad()
+def normalize_rows_(module: nn.Module) -> None:
+    """Rescale every marked row to the fixed point RMS = 1 - EPS, in place; at the start and after loading for training.
+
+    One division by (RMS + EPS) would leave rows off by up to 1e-4 where the RMS was far from 1 (measured on the golden
+    trajectory: loss 2.35745 instead of 2.35763 in the first step). Zero rows stay zero.
+    """
+    for weight in normalized_parameters(module).values():
+        size = rms(weight, tuple(range(1, weight.ndim)))
+        weight.mul_((1 - EPS) / size.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+@torch.no_grad()
+def use_weights_(module: nn.Module) -> None:
+    """Replace every marked row w by w / (RMS + EPS), in place, once, where a network is loaded for inference.
+
+    The rows of averaged weights are shorter than those of trained ones. Twice would not be the same: RMS 1 - EPS
+    becomes 1 - EPS again, but a short row would then be scaled by another 1 + EPS.
+    """
+    for weight in normalized_parameters(module).values():
+        weight.copy_(normalize(weight.float()))
