@@ -1,0 +1,267 @@
+"""Snapshots: what the ranks hold is what the file holds, whole or absent, whatever the disk and the peers do."""
+
+import errno
+import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import denoiser, magnitude
+from trainer import snapshot_writer, snapshots, tensor_file
+from trainer.snapshots import SnapshotWriter
+
+ROOT = Path(__file__).parent.parent
+HEADER = {"dtype": "fp16", "run": "a", "life": 1, "model": {"family": "edm2"}, "data": {}, "update_interval_images": 64}
+SMALL = {
+    **{"family": "edm2", "resolution": 8, "channels": 1, "label_dim": 10, "model_channels": 16, "channel_mult": [1, 2]},
+    **{"num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 16, "logvar_channels": 16},
+}
+
+
+def pieces(state, rank=0, world=1):
+    """Cut the flattened concatenation of all tensors into equal shards, as ZeRO does: cuts fall inside tensors."""
+    total = sum(t.numel() for t in state.values())
+    low, high = total * rank // world, total * (rank + 1) // world
+    first = 0
+    for name, tensor in state.items():
+        start, end = max(low - first, 0), min(high - first, tensor.numel())
+        if start < end:
+            yield name, tuple(tensor.shape), start, tensor.reshape(-1)[start:end].clone()
+        first += tensor.numel()
+
+
+def state_of(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a.weight": (8, 3, 3, 3), "gain": (1,), "b.weight": (5, 7), "c.weight": (11, 16)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def rank_program(folder, rank, world, port, *, dies=False):
+    """Return the source of one gloo rank that submits two snapshots, or leaves before it has sent anything."""
+    body = "os._exit(0)" if dies else "writer.submit(64, 0.05, pieces(state_of(1), rank, world), buffers)"
+    return f"""
+import os, sys, torch, torch.distributed as dist
+from tests.test_snapshots import HEADER, pieces, state_of
+from trainer.snapshots import SnapshotWriter
+rank, world = {rank}, {world}
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+group = dist.new_group(backend="gloo")
+writer = SnapshotWriter({str(folder)!r}, HEADER, rank, world, group, timeout_seconds=5)
+buffers = {{"freqs": torch.full((3,), 1 / 3)}}
+{body}
+writer.submit(64, 0.1, pieces(state_of(2), rank, world), buffers)
+dist.barrier()  # the training's own collectives go on while the threads talk
+writer.wait(); writer.close()
+dist.destroy_process_group()
+"""
+
+
+def start_ranks(folder, world, dies=()):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", rank_program(folder, rank, world, port, dies=rank in dies)],
+            **{"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True},
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_sharded_equals_whole(tmp_path, world):
+    for process in start_ranks(tmp_path, world):
+        assert process.communicate(timeout=60)[1].count("Traceback") == 0 and process.returncode == 0
+    for sigma_rel, seed in ((0.05, 1), (0.1, 2)):
+        path = tmp_path / "snapshots" / f"ema-0000000064-{sigma_rel:.3f}.safetensors"
+        stored, whole = load_file(path), state_of(seed)
+        assert torch.equal(stored.pop("freqs"), torch.full((3,), 1 / 3))  # buffers stay fp32
+        assert stored.keys() == whole.keys()
+        assert all(torch.equal(stored[k], whole[k].half()) for k in whole)
+        header = snapshots.verify(path)
+        assert (header["clock"], header["sigma_rel"], header["kind"], header["buffers"]) == (
+            64,
+            sigma_rel,
+            "ema",
+            ["freqs"],
+        )
+    assert not list((tmp_path / "snapshots").glob(".*"))
+
+
+def test_a_dead_peer_is_an_error_in_time(tmp_path):
+    started = time.monotonic()
+    alive, dead = start_ranks(tmp_path, 2, dies={1})
+    alive.communicate(timeout=60)
+    dead.communicate(timeout=60)
+    assert alive.returncode not in (0, None) and time.monotonic() - started < 40
+    assert not list((tmp_path / "snapshots").glob("ema-*"))
+
+
+def alone(folder, **header):
+    return SnapshotWriter(folder, HEADER | header, 0, 1, None)
+
+
+def test_every_dtype_and_mode(tmp_path):
+    before = os.umask(0o027)
+    try:
+        for clock, dtype in enumerate(tensor_file.DTYPES, 1):
+            writer = alone(tmp_path, dtype=dtype)
+            writer.submit(clock, 0.05, pieces(state_of(1)), {})
+            writer.close()
+            assert writer.written == 1
+    finally:
+        os.umask(before)
+    listed = snapshots.list_snapshots(tmp_path)
+    assert [s.clock for s in listed] == [1, 2, 3]
+    for s, dtype in zip(listed, tensor_file.DTYPES.values()):
+        stored = load_file(s.path)
+        assert all(torch.equal(stored[k], v.to(dtype)) for k, v in state_of(1).items())
+        assert stat.S_IMODE(s.path.stat().st_mode) == 0o640
+
+
+def test_a_full_disk_stops_snapshots_and_not_the_training(tmp_path, monkeypatch, capsys):
+    full, written = [True], tensor_file.write
+
+    def write(*arguments):
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(*arguments)
+
+    monkeypatch.setattr(tensor_file, "write", write)
+    monkeypatch.setattr(snapshot_writer, "RETRY_SECONDS", 0.05)
+    writer = alone(tmp_path)
+    for clock in range(1, 7):
+        writer.submit(clock, 0.05, pieces(state_of(clock)), {})
+        writer.wait()
+    assert (writer.written, writer.unwritten, writer.dropped) == (0, snapshot_writer.MAX_UNWRITTEN, 2)
+    assert writer.retried >= 6 and "lost" in capsys.readouterr().err
+    full[0] = False
+    writer.close()
+    assert [s.clock for s in snapshots.list_snapshots(tmp_path)] == [3, 4, 5, 6]
+
+    full[0] = True
+    writer = alone(tmp_path)
+    writer.submit(7, 0.05, pieces(state_of(7)), {})
+    with pytest.raises(OSError, match="no space for ema-0000000007"):
+        writer.close(patience_seconds=0)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_real_enospc_leaves_no_trace(tmp_path, monkeypatch):
+    import builtins
+
+    real = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda p, *a, **k: real("/dev/full" if ".writing" in str(p) else p, *a, **k))
+    with pytest.raises(OSError) as error:
+        tensor_file.write(tmp_path / "x.safetensors", {}, {"a": torch.zeros(100_000)})
+    assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+def test_killed_at_any_instant_every_listed_snapshot_is_readable(tmp_path):
+    program = f"""
+import torch
+from tests.test_snapshots import HEADER, pieces
+from trainer.snapshots import SnapshotWriter
+writer = SnapshotWriter({str(tmp_path)!r}, HEADER, 0, 1, None)
+print("ready", flush=True)
+for clock in range(1, 10**6):
+    writer.submit(clock, 0.05, pieces({{"w": torch.randn(1000, 1000)}}), {{}})
+"""
+    for delay in (0.02, 0.11, 0.23):
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        for s in snapshots.list_snapshots(tmp_path):
+            snapshots.verify(s.path)
+    alone(tmp_path).close()
+    assert not list((tmp_path / "snapshots").glob(".*"))  # the next life clears what the killed ones were writing
+
+
+def test_what_the_thread_raises_reaches_the_training(tmp_path):
+    writer = alone(tmp_path)
+    writer.submit(1, 0.05, pieces({"w": torch.tensor([1.0, float("nan")])}), {})
+    with pytest.raises(ValueError, match="not finite"):
+        writer.wait()
+    with pytest.raises(ValueError, match="not finite"):
+        writer.submit(2, 0.05, [], {})
+    writer = alone(tmp_path)
+    writer.submit(1, 0.05, pieces({"w": torch.tensor([1e6])}), {})
+    with pytest.raises(ValueError, match="write fp32"):
+        writer.close()
+    writer = alone(tmp_path)
+    writer.submit(1, 0.05, [("w", (4,), 0, torch.zeros(3))], {})
+    with pytest.raises(AssertionError, match="cover w"):
+        writer.close()
+    assert snapshots.list_snapshots(tmp_path) == []
+
+
+def test_damage_is_found(tmp_path, capsys):
+    writer = alone(tmp_path)
+    writer.submit(1, 0.05, pieces(state_of(1)), {})
+    writer.close()
+    assert snapshots.main([str(tmp_path), "--verify"]) == 0
+    assert "checksums fit" in capsys.readouterr().out
+    path = snapshots.list_snapshots(tmp_path)[0].path
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert snapshots.main([str(tmp_path)]) == 0  # a list reads headers only
+    assert snapshots.main([str(tmp_path), "--verify"]) == 2
+    assert "checksum" in capsys.readouterr().err
+    path.write_bytes(content[:-3])
+    assert snapshots.main([str(tmp_path)]) == 2
+    assert "cut off" in capsys.readouterr().err
+    path.write_bytes(b"\x80\x04 a pickle, say")
+    assert snapshots.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert snapshots.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_an_abandoned_life_is_known():
+    def snapshot(clock, life, **more):
+        return snapshots.Snapshot(Path(f"{clock}"), clock, 0.05, {"life": life} | more)
+
+    series = [snapshot(1, 1), snapshot(2, 2), snapshot(3, 2), snapshot(4, 1), snapshot(5, 1)]
+    assert [s.clock for s in snapshots.abandoned(series)] == [4, 5]
+    series = [snapshot(1, 1), snapshot(2, 1), snapshot(3, 2, life_start=1)]
+    assert [s.clock for s in snapshots.abandoned(series)] == [2]
+    assert snapshots.abandoned([snapshot(c, c) for c in range(1, 9)]) == []
+
+
+def test_a_network_comes_back_ready_for_use(tmp_path):
+    torch.manual_seed(0)
+    network = denoiser.build(SMALL)
+    magnitude.normalize_rows_(network)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(torch.full_like(parameter, 0.5) if name.endswith("gain") else parameter)
+    weights, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+    writer = alone(tmp_path, dtype="fp32", model=SMALL)
+    writer.submit(
+        64, 0.05, pieces({k: 0.7 * v.detach() if "weight" in k else v.detach() for k, v in weights.items()}), buffers
+    )
+    writer.close()
+    loaded, header = snapshots.load_denoiser(snapshots.list_snapshots(tmp_path)[0].path)
+    assert header["model"] == SMALL and not loaded.training
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 2.0]), torch.tensor([3, -1])
+    with torch.no_grad():
+        assert torch.allclose(
+            loaded(x, sigma, labels), network(x, sigma, labels), atol=1e-3
+        )  # shorter rows, same network
+
+    other = alone(tmp_path / "other", dtype="fp32", model=SMALL | {"model_channels": 32})
+    other.submit(64, 0.05, pieces({k: v.detach() for k, v in weights.items()}), buffers)
+    other.close()
+    with pytest.raises(ValueError, match="wants"):
+        snapshots.load_denoiser(snapshots.list_snapshots(tmp_path / "other")[0].path)
