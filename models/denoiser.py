@@ -55,7 +55,9 @@ class Denoiser(nn.Module):
         c_out = sigma * self.sigma_data * c_in
         c_noise = sigma.flatten().log() / 4
 
-        f, seen = self.unet((c_in * x).to(self.activations), c_noise, labels, dropout_mask, collect)
+        # channels_last is what tensor cores and oneDNN compute in, and makes a pixel's channels contiguous
+        inputs = (c_in * x).to(self.activations, memory_format=torch.channels_last)
+        f, seen = self.unet(inputs, c_noise, labels, dropout_mask, collect)
         denoised = c_skip * x + c_out * f.to(torch.float32)
         if not (return_logvar or collect):
             return denoised

@@ -25,7 +25,7 @@ def magnitude(h: Tensor) -> Tensor:
 
 
 def magnitude_bucket(name: str) -> tuple[str, int] | None:
-    """Return ("Enc" | "Dec", resolution) of a layer inside a block, as in Fig. 3 of the paper, else None.
+    """Return ("Enc" | "Dec", resolution) of what lies inside a block, the curves of the paper's Fig. 3, else None.
 
     `name` is a key of the collected magnitudes or of the parameters: "unet.enc.64x64_block0.conv_res0".
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 EPS = 1e-4  # added to the RMS, not to its square (Algorithm 1 of the paper; facts measured on the reference)
 SILU_RMS = 0.596  # RMS of silu(x) for x ~ N(0, 1), rounded as in the paper (Eq. 81)
 
-_CONVOLUTIONS = {2: F.linear, 3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by number of dimensions of the weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -24,12 +24,8 @@ _CONVOLUTIONS = {2: F.linear, 3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 def rms(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Return the fp32 root mean square of `x` over `dim`, with those dimensions kept at length 1."""
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32) * math.sqrt(_fraction(x, dim))
-
-
-def _fraction(x: Tensor, dim: int | tuple[int, ...]) -> float:
-    dims = (dim,) if isinstance(dim, int) else dim
-    return 1 / math.prod(x.shape[d] for d in dims)
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    return norm * math.sqrt(norm.numel() / x.numel())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,13 +109,15 @@ class MPConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
         self.scale = 1 / math.sqrt(in_channels * math.prod(kernel))  # 1 / sqrt(fan_in)
+        if any(size % 2 == 0 for size in kernel):
+            raise ValueError(f"kernel {list(kernel)}: sizes must be odd, so that padding keeps the image's size")
         self.padding = tuple(size // 2 for size in kernel)
 
     def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
         """Apply the layer to [N, in, *space] (or [N, in]); `gain` is a number or a tensor of shape [1]."""
         weight = (self.weight * (gain * self.scale)).to(x.dtype)
-        if not self.padding:
-            return F.linear(x, weight)
+        if not any(self.padding):  # a matrix product; a view, without a copy, where memory is channels_last
+            return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
         return _CONVOLUTIONS[weight.ndim](x, weight, padding=self.padding)
 
 

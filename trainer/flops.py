@@ -1,0 +1,187 @@
+"""FLOPs, parameters and bytes of a configuration, counted on meta tensors: no weights are made, nothing is computed.
+
+One convention everywhere: 2 FLOPs per multiply-accumulate of convolutions, matrix products and attention; elementwise
+work is left out. The EDM2 paper's "Gflops" are multiply-accumulates (and count elementwise work too, about 1 %); they
+are named GMAC here. Training is 3 forwards: one forward, and a backward of two products for each of the forward's.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.denoiser import build
+from models.edm2 import Block, magnitude_bucket
+from trainer import config as configs
+
+TRAINING_FORWARDS = 3
+
+# Dense matrix FLOP/s of one device without sparsity, from NVIDIA's data sheets; first match of the device's name wins.
+PEAK_FLOPS = (
+    ("B200", {"fp32": 1.125e15, "bf16": 2.25e15, "fp16": 2.25e15}),
+    ("H200", {"fp32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}),
+    ("H100 PCIe", {"fp32": 378e12, "bf16": 756e12, "fp16": 756e12}),
+    ("H100", {"fp32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}),
+    ("L40S", {"fp32": 183e12, "bf16": 362e12, "fp16": 362e12}),
+    ("A100", {"fp32": 156e12, "bf16": 312e12, "fp16": 312e12}),
+    ("V100", {"fp32": 15.7e12, "fp16": 125e12}),
+)
+
+
+@dataclass
+class Level:
+    """The share of one part of the network: a side and resolution, the embedding, or the ends."""
+
+    name: str
+    parameters: int = 0
+    forward_flops: int = 0
+
+
+@dataclass
+class Counts:
+    """What one image costs; FLOPs are 2 per multiply-accumulate."""
+
+    parameters: int
+    trainable_parameters: int
+    forward_flops: int
+    training_flops_per_image: int
+    by_operation: dict[str, int] = field(default_factory=dict)
+    by_layer: dict[str, int] = field(default_factory=dict)
+    levels: list[Level] = field(default_factory=list)
+
+
+def count(model: dict) -> Counts:
+    """Count the forward of one image, with label and uncertainty head, of the network in config group `model`."""
+    with torch.device("meta"):
+        denoiser = build(model).eval()
+        x = torch.empty(1, denoiser.channels, denoiser.resolution, denoiser.resolution)
+        labels = torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            denoiser(x, torch.empty(1), labels, return_logvar=True)
+    counts = counter.get_flop_counts()
+    # Names as in named_modules(); the whole network is under the name of its class.
+    prefix = f"{type(denoiser).__name__}."
+    layers = {key.removeprefix(prefix): sum(value.values()) for key, value in counts.items() if key != "Global"}
+    parameters = list(denoiser.parameters())
+    forward = counter.get_total_flops()
+    return Counts(
+        parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        forward_flops=forward,
+        training_flops_per_image=TRAINING_FORWARDS * forward,
+        by_operation={str(operation): flops for operation, flops in counts["Global"].items()},
+        by_layer=layers,
+        levels=_levels(denoiser, layers),
+    )
+
+
+def _levels(denoiser: nn.Module, layers: dict[str, int]) -> list[Level]:
+    """Add up the blocks by {Enc, Dec} x resolution; what lies outside of blocks is the first level."""
+    levels: dict[str, Level] = {}
+    rest = Level("embedding and ends", sum(p.numel() for p in denoiser.parameters()), layers[type(denoiser).__name__])
+    for name, module in denoiser.named_modules():
+        if not isinstance(module, Block):
+            continue
+        side, resolution = magnitude_bucket(f"{name}.conv_res0")
+        key = f"{side} {resolution}x{resolution}"
+        level = levels.setdefault(key, Level(key))
+        for part, sign in ((level, 1), (rest, -1)):
+            part.parameters += sign * sum(p.numel() for p in module.parameters())
+            part.forward_flops += sign * layers[name]
+    return [rest, *levels.values()]
+
+
+def bytes_per_parameter(num_averages: int) -> dict[str, dict[str, int]]:
+    """Return the bytes a rank holds per parameter, by ZeRO stage: "replicated" on every rank and "sharded" over ranks.
+
+    All fp32: module weights 4, gradients 4, Adam's moments 8, averages 4 each; ZeRO keeps another copy of the weights,
+    the masters, in its shards. Stage 0 shards nothing. Activations and communication buffers are not included.
+    """
+    weights, gradients, moments, masters, averages = 4, 4, 8, 4, 4 * num_averages
+    return {
+        "0": {"replicated": weights + gradients + moments + averages, "sharded": 0},
+        "1": {"replicated": weights + gradients, "sharded": masters + moments + averages},
+        "2": {"replicated": weights, "sharded": gradients + masters + moments + averages},
+        "3": {"replicated": 0, "sharded": weights + gradients + masters + moments + averages},
+    }
+
+
+def peak_flops(device_name: str, activations: str) -> tuple[str, float] | None:
+    """Return (name, dense FLOP/s) of the peak that MFU is measured against, or None for a device not in the table."""
+    for name, peaks in PEAK_FLOPS:
+        if all(word in device_name for word in name.split()) and activations in peaks:
+            return f"{name} {activations}", peaks[activations]
+    return None
+
+
+def describe(config: configs.Config) -> dict:
+    """Return what `--json` prints: counts, and bytes per parameter on one rank of the configured world by ZeRO stage."""
+    model = configs.to_dict(config)["model"]
+    counts = count(model)
+    world = config.cluster.nodes * config.cluster.ranks_per_node
+    by_stage = bytes_per_parameter(len(config.ema.sigma_rel))
+    return {
+        "parameters": counts.parameters,
+        "trainable_parameters": counts.trainable_parameters,
+        "forward_flops": counts.forward_flops,
+        "forward_macs": counts.forward_flops // 2,
+        "training_flops_per_image": counts.training_flops_per_image,
+        "training_flops": counts.training_flops_per_image * config.duration_images,
+        "by_operation": counts.by_operation,
+        "levels": [asdict(level) for level in counts.levels],
+        "bytes_per_parameter": {k: v["replicated"] + v["sharded"] / world for k, v in by_stage.items()},
+        "bytes_per_parameter_parts": by_stage,
+        "world": world,
+        "zero_stage": config.engine.zero_stage,
+        "convention": "2 FLOPs per multiply-accumulate; the EDM2 paper's Gflops are multiply-accumulates",
+    }
+
+
+def table(facts: dict) -> str:
+    """Lay the facts out for reading: a row per level of the network, then the totals."""
+    lines = [f"{'level':<20}{'parameters':>16}{'GFLOP':>12}{'GMAC':>12}{'share':>8}"]
+    for level in facts["levels"]:
+        flops = level["forward_flops"]
+        lines.append(
+            f"{level['name']:<20}{level['parameters']:>16,}{flops / 1e9:>12.3f}{flops / 2e9:>12.3f}"
+            f"{flops / facts['forward_flops']:>8.1%}"
+        )
+    total = facts["forward_flops"]
+    lines += [
+        f"{'forward, one image':<20}{facts['parameters']:>16,}{total / 1e9:>12.3f}{total / 2e9:>12.3f}{1:>8.0%}",
+        "",
+        f"training       {facts['training_flops_per_image'] / 1e9:,.1f} GFLOP per image (3 forwards), "
+        f"{facts['training_flops'] / 1e21:.3g} ZFLOP for the whole run",
+        f"convention     {facts['convention']}",
+    ]
+    for stage, held in facts["bytes_per_parameter"].items():
+        chosen = " (configured)" if int(stage) == facts["zero_stage"] else ""
+        gib = held * facts["parameters"] / 2**30
+        lines.append(
+            f"ZeRO stage {stage}   {held:.2f} bytes per parameter, {gib:.2f} GiB a rank of {facts['world']}{chosen}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    """Print parameters, FLOPs and bytes of a configuration."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.flops", description=main.__doc__)
+    parser.add_argument("config", help="a YAML file, a composed RUN/config.yaml, or a run directory")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    try:
+        facts = describe(configs.load(options.config, options.overrides))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(facts) if options.json else table(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
