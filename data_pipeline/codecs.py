@@ -1,0 +1,161 @@
+"""Codecs: images to what is stored, and raw latents back to pictures. Opened by name.
+
+    pixels           nothing is encoded; uint8
+    sd-vae-ft-mse    the Stability VAE through diffusers (posterior mean and std); needs a local folder of weights
+    tinyae4          the 1.4 M-parameter test autoencoder of this project, shaped and scaled like the VAE; needs its weights file
+
+Weights are local files only: nothing is downloaded, nothing is unpickled.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from data_pipeline.manifest import Manifest
+
+
+@dataclass
+class Codec:
+    """What every codec has: its name, its weights' hash, and what it stores for an image."""
+
+    name: str
+    hash: str = ""
+    moments: str = "mean"
+    factor: int = 1  # pixels per latent, along one side
+
+    def encode(self, images: torch.Tensor) -> np.ndarray:
+        """Turn uint8 [N, C, H, W] into stored samples [N, C', H', W']."""
+        raise NotImplementedError
+
+    def decode(self, raw: torch.Tensor) -> torch.Tensor:
+        """Turn raw latents, fp32 [N, C, H, W], into uint8 pictures."""
+        raise NotImplementedError
+
+
+class Pixels(Codec):
+    """Store the pixels themselves."""
+
+    def encode(self, images):
+        return images.numpy()
+
+    def decode(self, raw):
+        return (raw + 0.5).floor().clamp(0, 255).to(torch.uint8)
+
+
+class StabilityVae(Codec):
+    """stabilityai/sd-vae-ft-mse as EDM2 uses it: pixels in [0, 1], latents unscaled, posterior mean and std stored.
+
+    Not run against the real weights in this project's tests (they cannot be shipped); the tests use a small AutoencoderKL where
+    diffusers is installed.
+    """
+
+    def __init__(self, weights, device: str, dtype: str):
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            raise ValueError("codec sd-vae-ft-mse needs diffusers; install it with: pip install diffusers") from None
+        files = sorted(Path(weights).glob("*.safetensors")) if weights else []
+        if len(files) != 1:
+            raise ValueError(
+                f"codec sd-vae-ft-mse needs --codec-weights FOLDER with config.json and one .safetensors file; "
+                f"got {weights or 'nothing'}"
+            )
+        self.vae = AutoencoderKL.from_pretrained(str(weights), local_files_only=True, use_safetensors=True)
+        self.vae = self.vae.eval().requires_grad_(False).to(device)
+        super().__init__(
+            "sd-vae-ft-mse", hash_file(files[0]), "mean_std", 2 ** (len(self.vae.config.block_out_channels) - 1)
+        )
+        self.device, self.dtype = device, dtype
+
+    @torch.no_grad()
+    def encode(self, images):
+        posterior = self.vae.encode(images.to(self.device).float() / 255).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy().astype(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, raw):
+        pixels = torch.cat([self.vae.decode(part.to(self.device)).sample for part in raw.split(4)])
+        return (pixels.clamp(0, 1) * 255).to(torch.uint8).to(raw.device)  # truncated, as EDM2 does
+
+
+class TinyAutoencoder(Codec):
+    """The test autoencoder: 8x down, 4 channels, deterministic; its raw latents have the SD-VAE's per-channel statistics.
+
+    `latent.*` in the weights file maps the network's own scale u to raw: raw = (u - u_mean) / u_std * raw_std + raw_mean.
+    """
+
+    def __init__(self, weights, device: str, dtype: str):
+        from safetensors.torch import load_file
+
+        if not weights or not Path(weights).is_file():
+            raise ValueError(f"codec tinyae4 needs --codec-weights FILE.safetensors; got {weights or 'nothing'}")
+        super().__init__("tinyae4", hash_file(weights), "mean", 8)
+        self.weights = {name: tensor.float().to(device) for name, tensor in load_file(weights).items()}
+        self.device, self.dtype = device, dtype
+
+    def _conv(self, x, name):
+        weight = self.weights[f"{name}.weight"]
+        return F.conv2d(x, weight, self.weights.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def _blocks(self, x, prefix, count):
+        for i in range(count):
+            y = self._conv(F.relu(x), f"{prefix}.blocks.{i}.a")
+            x = x + self._conv(F.relu(y), f"{prefix}.blocks.{i}.b")
+        return x
+
+    def _affine(self, x, source, target):
+        def constant(name):
+            return self.weights[f"latent.{name}"].view(1, -1, 1, 1)
+
+        scaled = (x - constant(f"{source}_mean")) / constant(f"{source}_std")
+        return scaled * constant(f"{target}_std") + constant(f"{target}_mean")
+
+    @torch.no_grad()
+    def encode(self, images):
+        patches = F.pixel_unshuffle(images.to(self.device).float() / 127.5 - 1, 8)
+        hidden = self._blocks(self._conv(patches, "encoder.inp"), "encoder", 3)
+        u = self._conv(patches, "encoder.skip") + self._conv(F.relu(hidden), "encoder.out")
+        return self._affine(u, "u", "raw").cpu().numpy().astype(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, raw):
+        u = self._affine(raw.to(self.device).float(), "raw", "u")
+        hidden = self._blocks(self._conv(u, "decoder.inp"), "decoder", 4)
+        patches = self._conv(u, "decoder.skip") + self._conv(F.relu(hidden), "decoder.out")
+        pixels = F.pixel_shuffle(patches, 8).clamp(-1, 1)
+        return ((pixels + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8).to(raw.device)
+
+
+NAMES = ("pixels", "sd-vae-ft-mse", "tinyae4")
+
+
+def open_codec(name: str, weights=None, device: str = "cpu", dtype: str = "float16") -> Codec:
+    """Open a codec by name; `weights` is a local file or folder where it needs one, `dtype` what its encoder stores."""
+    if name == "pixels":
+        return Pixels("pixels")
+    if name == "sd-vae-ft-mse":
+        return StabilityVae(weights, device, dtype)
+    if name == "tinyae4":
+        return TinyAutoencoder(weights, device, dtype)
+    raise ValueError(f"codec {name!r} is none of {', '.join(NAMES)}")
+
+
+def check_is(codec: Codec, manifest: Manifest):
+    """Refuse to decode one codec's latents with another's weights."""
+    if codec.name != manifest.codec:
+        raise ValueError(f"the dataset was made with codec {manifest.codec}, not {codec.name}; open that one")
+    if manifest.codec_hash and codec.hash != manifest.codec_hash:
+        raise ValueError(
+            f"codec {codec.name}: the weights' hash {codec.hash[:12]} is not {manifest.codec_hash[:12]} as in the manifest; "
+            "use the weights that made the dataset"
+        )
+
+
+def hash_file(path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

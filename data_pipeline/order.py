@@ -1,0 +1,87 @@
+"""(seed, position) -> sample: the order of training data, pure and elastic.
+
+An epoch permutes the shards, cuts that sequence into windows of `window` shards, and shuffles the samples inside each
+window, so that an object store sees sequential reads of a few shards at a time; with window >= number of shards it is a full
+permutation. Nothing but integers goes in: any position can be started from, on any number of ranks. The hash is ours
+(splitmix64, Steele et al. 2014) and the sort is stable, so the order depends on no library's generator. A maintainer must
+never change what it returns.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MASK = 2**64 - 1
+_SHARDS, _SAMPLES = 1, 2  # streams
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """Return splitmix64's finaliser of uint64 values: a bijection with full avalanche."""
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def _key(*words: int) -> np.uint64:
+    """Fold integers into one 64-bit key."""
+    key = np.uint64(0)
+    for word in words:
+        with np.errstate(over="ignore"):
+            key = _mix(np.asarray((key + _GAMMA) ^ np.uint64(word & _MASK)))[()]
+    return key
+
+
+def permutation(n: int, *words: int) -> np.ndarray:
+    """Permute range(n) by sorting the hashes of a counter under the key of `words`; int64 [n]."""
+    with np.errstate(over="ignore"):
+        hashes = _mix(_key(*words) + _GAMMA * np.arange(1, n + 1, dtype=np.uint64))
+    return np.argsort(hashes, kind="stable")
+
+
+@lru_cache(maxsize=4)
+def _shard_order(sizes: bytes, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the epoch's shard order, where each starts in the epoch, and where each shard starts among the sample ids."""
+    counts = np.frombuffer(sizes, dtype=np.int64)
+    shards = permutation(len(counts), seed, epoch, _SHARDS)
+    starts = np.concatenate([[0], np.cumsum(counts[shards])])
+    first_ids = np.concatenate([[0], np.cumsum(counts)])
+    return shards, starts, first_ids
+
+
+@lru_cache(maxsize=4)  # a window of 1.28 M samples is 10 MB
+def _window_ids(sizes: bytes, seed: int, epoch: int, window: int, number: int) -> np.ndarray:
+    """Return the sample ids of one window in their order."""
+    shards, _, first_ids = _shard_order(sizes, seed, epoch)
+    members = shards[number * window : (number + 1) * window]
+    ids = np.concatenate([np.arange(first_ids[s], first_ids[s + 1], dtype=np.int64) for s in members])
+    return ids[permutation(len(ids), seed, epoch, _SAMPLES, number)]
+
+
+def sample_at(seed: int, positions, shard_sizes, window: int) -> np.ndarray:
+    """Return the sample id (its place in the dataset, shard after shard) at each global position; int64 [N].
+
+    Position p is in epoch p // num_samples, and each epoch holds every sample once.
+    """
+    positions = np.asarray(positions, dtype=np.int64)
+    sizes = np.ascontiguousarray(shard_sizes, dtype=np.int64)
+    total = int(sizes.sum())
+    if window < 1 or total < 1 or (sizes < 0).any() or (positions < 0).any():
+        raise ValueError(
+            f"window {window}, {total} samples: need window >= 1, a sample, and no negative size or position"
+        )
+    window = min(int(window), len(sizes))
+    packed = sizes.tobytes()
+    ids = np.empty(positions.shape, dtype=np.int64)
+    epochs, offsets = np.divmod(positions, total)
+    for epoch in np.unique(epochs).tolist():
+        in_epoch = epochs == epoch
+        _, starts, _ = _shard_order(packed, seed, epoch)
+        window_starts = starts[:-1][::window]
+        numbers = np.searchsorted(window_starts, offsets, side="right") - 1
+        # Empty shards make several windows start at one offset; side="right" picks the last, which is the one that has samples.
+        for number in np.unique(numbers[in_epoch]).tolist():
+            chosen = in_epoch & (numbers == number)
+            ids[chosen] = _window_ids(packed, seed, epoch, window, number)[offsets[chosen] - window_starts[number]]
+    return ids

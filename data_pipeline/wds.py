@@ -1,0 +1,252 @@
+"""WebDataset tars as a source: walked strictly, indexed once, then read through the index.
+
+Our tars hold `KEY.npy` ([C, H, W]) and `KEY.cls` per sample, written by the webdataset library with mtime=0, so that they
+are byte-reproducible and open with the stock library. Its iterator is not the training path: it takes a damaged header for
+the end of an archive, silently. The walker here accepts an archive only to its last zero block. webdataset is imported only
+where it writes.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_pipeline import index, manifest, npy
+from data_pipeline.manifest import Manifest
+from data_pipeline.measure import Statistics
+from data_pipeline.reader import LocalFolder, Source
+
+_BLOCK = 512
+_MAX_EXTENDED_HEADER = 2**20
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar: its name, where its content starts, and how long that is."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def _octal(field: bytes) -> int:
+    if field[:1] in (b"\x80", b"\xff"):  # GNU base-256, for sizes from 8 GiB
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0")[0].strip() or b"0", 8)
+
+
+def _pax(data: bytes) -> dict[str, str]:
+    """Read the records "LENGTH KEY=VALUE\\n" of a PAX header."""
+    records = {}
+    while data.strip(b"\0"):
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(data):
+            raise ValueError("its PAX header is damaged")
+        name, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[name.decode(errors="replace")] = value.decode(errors="surrogateescape")
+        data = data[int(length) :]
+    return records
+
+
+def walk_tar(data, name="tar") -> Iterator[Member]:
+    """Yield the regular files of an uncompressed tar, given as a buffer.
+
+    Raises ValueError where any header, padding or end is not as it must be: nothing is ever taken for the end but the end.
+    """
+    offset, total, extended, end_seen = 0, len(data), {}, False
+    while offset < total:
+        block = bytes(data[offset : offset + _BLOCK])
+        if len(block) < _BLOCK:
+            raise ValueError(f"{name} is truncated inside a header at offset {offset}; restore it")
+        if block == bytes(_BLOCK):
+            if bytes(data[offset:]).strip(b"\0") or total - offset < 2 * _BLOCK:
+                raise ValueError(f"{name} has a zeroed header at offset {offset}, or a cut end; restore it")
+            end_seen = True
+            break
+        try:
+            claimed = _octal(block[148:156])
+            size, kind = _octal(block[124:136]), block[156:157]
+            if claimed != sum(block[:148]) + sum(block[156:]) + 8 * 32:
+                raise ValueError("its checksum is wrong")
+            path = block[:100].split(b"\0")[0]
+            if block[257:263] == b"ustar\0" and block[345:346] != b"\0":
+                path = block[345:500].split(b"\0")[0] + b"/" + path
+            content = offset + _BLOCK
+            size = int(extended.get("size", size)) if kind not in b"xgL" else size
+            if content + size > total:
+                raise ValueError(f"it needs {size} bytes and {total - content} are left")
+            if kind in b"xgL" and size > _MAX_EXTENDED_HEADER:
+                raise ValueError("its extended header is too large")
+            if kind == b"x":
+                extended.update(_pax(bytes(data[content : content + size])))
+            elif kind == b"L":  # GNU's way to write long names
+                extended["path"] = bytes(data[content : content + size]).rstrip(b"\0").decode(errors="surrogateescape")
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged at offset {offset}: {error}; restore it") from None
+        if kind not in (b"x", b"g", b"L"):
+            if kind in (b"0", b"\0"):
+                yield Member(extended.get("path", path.decode(errors="surrogateescape")), content, size)
+            extended = {}
+        offset = content + -(-size // _BLOCK) * _BLOCK
+    if not end_seen:
+        raise ValueError(f"{name} has no end mark after {total} bytes: it is truncated; restore it")
+
+
+def group_members(members: Iterator[Member], name="tar") -> Iterator[tuple[str, dict[str, Member]]]:
+    """Group consecutive members by key as webdataset does: the path up to the first dot of its last part, then the extension."""
+    key, group, seen = None, {}, set()
+    for member in members:
+        match = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name.removeprefix("./"), re.DOTALL)
+        if not match:
+            continue  # as the stock library skips it; the caller sees what is missing
+        if match[1] != key:
+            if group:
+                yield key, group
+            key, group = match[1], {}
+            if key in seen:
+                raise ValueError(f"{name}: key {key!r} occurs twice; sort the members by key")
+            seen.add(key)
+        if match[2] in group:
+            raise ValueError(f"{name}: member {member.name!r} occurs twice")
+        group[match[2]] = member
+    if group:
+        yield key, group
+
+
+def index_tar(path) -> tuple[np.ndarray, npy.Layout]:
+    """Index a tar of `.npy` (and `.cls`) members, checking every array; return the index and the arrays' layout."""
+    path = Path(path)
+    rows, layout = [], None
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; restore it")
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    for key, group in group_members(walk_tar(data, str(path)), str(path)):
+        array = group.get("npy")
+        if array is None:
+            raise ValueError(
+                f"{path}: sample {key!r} has no .npy member (it has {', '.join(group)}); encode images first"
+            )
+        try:
+            found, start = npy.parse_header(data[array.offset : array.offset + array.size])
+            layout = layout or found
+            if found != layout:
+                raise ValueError(f"is {found}, the first sample is {layout}")
+            payload = data[array.offset + start : array.offset + array.size]
+            npy.check_values(payload, found)
+            label = _label(data, group.get("cls"))
+        except ValueError as error:
+            raise ValueError(f"{path}: sample {key!r} at offset {array.offset}: {error}") from None
+        digest = xxhash.xxh3_64_intdigest(payload)
+        rows.append((array.offset + start, len(payload), label, digest, key.encode(errors="surrogateescape")))
+    if not rows:
+        raise ValueError(f"{path} has no samples; restore it")
+    return index.from_rows(rows), layout
+
+
+def _label(data, member: Member | None) -> int:
+    if member is None:
+        return index.NO_LABEL
+    text = bytes(data[member.offset : member.offset + min(member.size, 32)])
+    if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
+        raise ValueError(f"its label {text[:20]!r} is no class number")
+    return int(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_shard(path: Path, samples) -> None:
+    """Write (key, array, label) samples as one tar, byte-reproducibly; the caller gives a temporary path and renames it."""
+    import webdataset
+
+    with open(path, "wb") as file:
+        # mtime=0: the library's float timestamps cost a PAX header of 1 KiB per member, and no two tars are alike.
+        with webdataset.TarWriter(file, mtime=0) as writer:
+            for key, array, label in samples:
+                sample = {"__key__": key, "npy": npy.to_bytes(array)}
+                if label != index.NO_LABEL:
+                    sample["cls"] = str(int(label)).encode()
+                writer.write(sample)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def open_source(path, seed: int, window: int, *, codec: str | None = None, **options) -> Source:
+    """Open a dataset folder (tars or MDS) for training; see `reader.Source` for the options.
+
+    Tars that someone else wrote have no manifest: they are indexed now, once, by one process, as latents of `codec`.
+    """
+    if not manifest.manifest_path(path).exists() and any(Path(path).glob("*.tar")):
+        adopt(path, codec)
+    found = manifest.load(path)
+    return Source(found, LocalFolder(manifest.manifest_path(path).parent), seed, window, **options)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path):
+    """Let one process of this machine in at a time; the lock goes with the process, also after SIGKILL."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def adopt(path, codec: str | None, progress=lambda text: print(text, file=sys.stderr)) -> Manifest:
+    """Index a folder of foreign tars and write its manifest."""
+    folder = Path(path)
+    if codec is None:
+        raise ValueError(f"{folder} has tars and no manifest; say which codec made them: data.codec, or --codec")
+    with _alone(folder):
+        if (folder / manifest.NAME).exists():  # another process was quicker
+            return manifest.load(folder)
+        tars = sorted(folder.glob("*.tar"))
+        if not tars:
+            raise ValueError(f"{folder} has no .tar files; give the folder that holds the shards")
+        shards, statistics, layout = [], Statistics(), None
+        for number, tar in enumerate(tars, 1):
+            rows, found = index_tar(tar)
+            layout = layout or found
+            if found != layout:
+                raise ValueError(
+                    f"{tar} holds {found}, {tars[0].name} holds {layout}; put them in folders of their own"
+                )
+            data = np.memmap(tar, dtype=np.uint8, mode="r")
+            of_shard = Statistics()
+            for row in rows:
+                start = int(row["offset"])
+                of_shard.add(layout.view(data[start : start + int(row["length"])]), int(row["label"]))
+            statistics.merge(of_shard)
+            digest = index.write(folder / manifest.index_name(tar.name), rows)
+            shards.append(manifest.Shard(tar.name, len(rows), tar.stat().st_size, hash_file(tar), digest))
+            progress(f"indexed {tar.name} ({number}/{len(tars)}): {len(rows)} samples")
+        made = statistics.manifest(
+            codec=codec, codec_hash="", layout=layout, shards=shards, container="webdataset", source=folder.name
+        )
+        manifest.save(made, folder)
+        return made
+
+
+def hash_file(path) -> str:
+    """Return the xxh3-64 (hex) of a file."""
+    state = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return state.hexdigest()
