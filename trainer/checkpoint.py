@@ -1,8 +1,8 @@
 """Checkpoints: complete or absent, exact, readable by any number of ranks.
 
-RUN/checkpoints/<images>/ holds one safetensors file per rank and a manifest.json with the size and hash of each. Files hold logical
-pieces (tensor name, first element, number of elements), never DeepSpeed's flat offsets, so that another world size or ZeRO stage reads
-them as they are. Written in a hidden folder, fsynced, renamed: a folder with its final name is whole.
+RUN/checkpoints/<images>/ holds one safetensors file per rank and a manifest.json with the size and hash of each. Files hold
+logical pieces (tensor name, first element, number of elements), never DeepSpeed's flat offsets, so that another world size
+or ZeRO stage reads them as they are. Written in a hidden folder, fsynced, renamed: a folder with its final name is whole.
 """
 
 import json

@@ -1,7 +1,8 @@
 """The only file that knows DeepSpeed: process group, ZeRO engine, and where this rank's pieces of the fp32 masters lie.
 
-Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so that torchrun, Slurm and a single
-process all work without DeepSpeed's launcher. Keep `gradient_clipping` written out: DeepSpeed 0.19.3 and later clip at 1.0 unless told.
+Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so that torchrun, Slurm and a
+single process all work without DeepSpeed's launcher. Keep `gradient_clipping` written out: DeepSpeed 0.19.3 and later clip
+at 1.0 unless told.
 """
 
 import os
@@ -11,7 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from trainer.config import Config, check_batch
+from models import denoiser
+from models.magnitude import normalize_rows_
+from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
 from trainer.optimizer import Fragment, MagnitudeAdam, row_length, whole_fragments
 
@@ -43,6 +46,14 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def build_denoiser(config: Config) -> torch.nn.Module:
+    """Build the network with weights that depend on the seed alone, rows at the fixed point of the forced normalisation."""
+    torch.manual_seed(config.seed)
+    module = denoiser.build(to_dict(config)["model"], config.engine.activations, config.engine.activation_checkpointing)
+    normalize_rows_(module)
+    return module.train()
 
 
 class Engine:
@@ -157,6 +168,6 @@ def _locate(view: torch.Tensor, flats: list[torch.Tensor]) -> tuple[torch.Tensor
     """Find the flat partition that `view` is part of, and where."""
     for flat in flats:
         offset = (view.data_ptr() - flat.data_ptr()) // flat.element_size()
-        if 0 <= offset and offset + view.numel() <= flat.numel():
+        if offset >= 0 and offset + view.numel() <= flat.numel():
             return flat, offset
     raise AssertionError("a master fragment lies in none of the optimizer's partitions")

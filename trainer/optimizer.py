@@ -130,7 +130,7 @@ class MagnitudeAdam:
 
     Call `schedule` before every `adam.step()`. `nonfinite` says what a non-finite gradient does: 'stop' and 'skip' mask Adam and
     the renormalisation on the device (the averages and the clock go on), 'zero' zeroes the entries as EDM2 does. The host learns of
-    it through `read_nonfinite`, one step later, so that no step waits for the device.
+    it through `nonfinite_steps`, one step later.
     """
 
     def __init__(
@@ -140,9 +140,13 @@ class MagnitudeAdam:
         self.layout = RowLayout.of(self.fragments)
         self.device = self.fragments[0].master.device
         self.gradient_norm = torch.zeros((), device=self.device)
-        self.nonfinite_counts = torch.zeros(len(self.fragments), device=self.device)  # of this rank, last step
         self.masked = torch.zeros((), device=self.device)  # 1 while a step is masked; sticky with 'stop'
-        self.num_masked = torch.zeros((), device=self.device)
+        self.num_nonfinite = torch.zeros((), device=self.device)  # steps
+        # non-finite entries of each of this rank's fragments in the last bad step
+        self.bad_counts = torch.zeros(len(self.fragments), device=self.device)
+        self._counts = self.bad_counts
+        self._known = torch.zeros((), pin_memory=self.device.type == "cuda")
+        self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
         self._gradient_scale, self._clock_after, self._batch = 1.0, 0, 0
         self._init_adam_state()
         adam.register_step_pre_hook(lambda *_: self._before_adam())
@@ -167,17 +171,20 @@ class MagnitudeAdam:
     @torch.no_grad()
     def _before_adam(self) -> None:
         grads = [f.grad for f in self.fragments]
-        self.nonfinite_counts = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
+        self._counts = torch.stack([(~torch.isfinite(g)).sum() for g in grads]).float()
         if self.nonfinite == "zero":
             for g in grads:
                 g.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         squares = torch.stack([torch.linalg.vector_norm(g) for g in grads]).square().sum()
         shared = self._shared_sums(squares)
         self.gradient_norm = shared[-2].sqrt() * self._gradient_scale
+        bad = (shared[-1] > 0).float()
+        self.bad_counts = torch.where(
+            bad > self.masked, self._counts, self.bad_counts
+        )  # with 'stop': of the first bad step
+        self.num_nonfinite = self.num_nonfinite + bad
         if self.nonfinite != "zero":
-            bad = (shared[-1] > 0).float()
             self.masked = torch.maximum(self.masked, bad) if self.nonfinite == "stop" else bad
-        self.num_masked = self.num_masked + (shared[-1] > 0).float()
         self.adam.found_inf = (
             self.masked
         )  # the protocol of torch.amp.GradScaler: fused Adam leaves everything untouched at 1
@@ -191,7 +198,7 @@ class MagnitudeAdam:
             w, g = piece.of(piece.fragment.master), piece.of(piece.fragment.grad)
             shared[piece.slot] = torch.dot(w, w)
             shared[num + piece.slot] = torch.dot(w, g)
-        shared[-2], shared[-1] = squares, self.nonfinite_counts.sum()
+        shared[-2], shared[-1] = squares, self._counts.sum()
         _sum_over_ranks(shared)
         return shared
 
@@ -236,9 +243,22 @@ class MagnitudeAdam:
         # times 1.0 is the identity, bitwise: a masked step leaves every weight as it was
         return torch.where(self.masked > 0, torch.ones_like(factor), factor)
 
-    def read_nonfinite(self) -> dict[str, int]:
-        """Return {tensor: entries} of the last step's non-finite gradients on this rank; waits for the device."""
-        counts = self.nonfinite_counts.tolist()
+    def nonfinite_steps(self) -> int:
+        """Return how many steps were non-finite as of the previous call, the same on every rank; call it once per step.
+
+        The count travels to the host while the next step runs, so that no step waits for the device.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        known = int(self._known)
+        self._known.copy_(self.num_nonfinite, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        return known
+
+    def bad_tensors(self) -> dict[str, int]:
+        """Return {tensor: non-finite gradient entries on this rank} of the last bad step; waits for the device."""
+        counts = self.bad_counts.tolist()
         return {f.name: int(c) for f, c in zip(self.fragments, counts, strict=True) if c}
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Signals become one agreed stop at a step boundary.
 
-A signal to any one rank leads all ranks to the same boundary: each step's vote is an all-reduce on the CPU group that is started after
-the step and read after the next one, so that it never waits for a device. Torch-free until voting begins: `listen` runs before the
-slow imports, so that a signal during start-up is kept, not lost.
+A signal to any one rank leads all ranks to the same boundary: each step's vote is an all-reduce on the CPU group that is
+started after the step and read after the next one, so that it never waits for a device. Torch-free until voting begins:
+`listen` runs before the slow imports, so that a signal during start-up is kept, not lost.
 """
 
 import signal

@@ -1,0 +1,193 @@
+"""Sharded equals whole: any ZeRO stage on any number of ranks trains the same network as one process without ZeRO."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.gloo import on_ranks
+
+# odd widths, so that partitions cut through rows
+MODEL = {
+    "family": "edm2",
+    "resolution": 8,
+    "channels": 2,
+    "label_dim": 3,
+    "model_channels": 12,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "channels_per_head": 12,
+    "logvar_channels": 16,
+}
+BATCH, STEPS = 12, 8
+
+
+def config_of(**changes):
+    from trainer.config import from_dict
+
+    plain = {
+        "run": "unused",
+        "duration_images": 1200,
+        "global_batch": BATCH,
+        "micro_batch": 2,
+        "data": {"path": "unused"},
+        "model": MODEL,
+        "optimizer": {"eps": 1e-3},  # at 1e-8 Adam's first steps are sign-like: rounding would decide
+        "lr": {"ref_lr": 0.02, "decay_images": 60, "rampup_images": 24},
+        "ema": {"sigma_rel": [0.05, 0.10]},
+    }
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if name:
+            plain.setdefault(group, {})[name] = value
+        else:
+            plain[group] = value
+    return from_dict(plain)
+
+
+def inputs(step: int):
+    g = torch.Generator().manual_seed(step)
+    x, noise = torch.randn(BATCH, 2, 8, 8, generator=g), torch.randn(BATCH, 2, 8, 8, generator=g)
+    return x * 0.5, torch.randint(3, (BATCH,), generator=g), torch.rand(BATCH, generator=g) + 0.2, noise
+
+
+def rate(step: int) -> float:
+    from trainer.lr import learning_rate
+
+    return learning_rate(step * BATCH, 0.02, 60, 24)
+
+
+def losses_of(denoiser, step: int, part: slice):
+    from trainer.loss import denoising_loss
+
+    x, labels, sigma, noise = inputs(step)
+    return denoising_loss(denoiser, x[part], labels[part], sigma[part], noise[part])[0].sum()
+
+
+def build(config):
+    from trainer.engine import build_denoiser
+
+    module = build_denoiser(config)
+    with torch.no_grad():  # gains are 0 at the start, which would hide most gradients
+        for name, p in module.named_parameters():
+            if p.shape == (1,):
+                p.fill_(0.4 + len(name) / 100)
+    return module
+
+
+def whole_training():
+    """One process, no DeepSpeed: (weights, averages) after STEPS steps."""
+    from trainer.ema import ShardedEma
+    from trainer.optimizer import MagnitudeAdam, whole_fragments
+
+    config = config_of()
+    module = build(config)
+    fragments = whole_fragments(module)
+    adam = torch.optim.Adam(module.parameters(), betas=(0.9, 0.99), eps=1e-3, fused=True)
+    ema = ShardedEma(fragments, [0.05, 0.10])
+    optimizer = MagnitudeAdam(adam, fragments, ema)
+    for step in range(STEPS):
+        adam.zero_grad()
+        losses_of(module, step, slice(0, BATCH)).backward()
+        optimizer.schedule(rate(step), 1 / BATCH, (step + 1) * BATCH, BATCH)
+        adam.step()
+    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+    averages = [{f.name: t.view(f.shape) for f, t in zip(fragments, a, strict=True)} for a in ema.averages]
+    return weights, averages
+
+
+def sharded_training(cases: list[tuple[int, int]]) -> list:
+    """On one rank: for each (stage, micro batch) this rank's view of weights and pieces of the averages."""
+    from trainer.engine import Engine, start_process_group
+
+    rank, world = start_process_group()
+    results = []
+    for stage, micro in cases:
+        engine = Engine(config_of(engine__zero_stage=stage, micro_batch=micro), build(config_of()))
+        part = BATCH // world
+        for step in range(STEPS):
+            for start in range(rank * part, (rank + 1) * part, micro):
+                engine.backward(losses_of(engine.denoiser, step, slice(start, start + micro)))
+            engine.step(rate(step), (step + 1) * BATCH)
+        results.append(
+            {
+                "weights": {n: p.detach().clone() for n, p in engine.module.named_parameters()},
+                "pieces": [(f.name, f.start, f.master.clone()) for f in engine.fragments],
+                "averages": [[t.clone() for t in a] for a in engine.ema.averages],
+                "cut_rows": len(engine.optimizer.layout.cut_lengths),
+                "deviation": float(engine.optimizer.row_rms_deviation()),
+                "ema_bytes": engine.ema.num_bytes(),
+                "clip": engine._deepspeed.gradient_clipping(),
+            }
+        )
+        engine._deepspeed.destroy()
+    return results
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.fixture(scope="module")
+def whole():
+    torch.set_num_threads(1)
+    return whole_training()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_sharded_equals_whole(world, whole):
+    weights, averages = whole
+    cases = [(0, 2), (1, 2), (2, 1), (1, BATCH // world)]
+    ranks = on_ranks(world, sharded_training, cases)
+    for i, case in enumerate(cases):
+        covered = {name: np.zeros(p.numel(), int) for name, p in weights.items()}
+        for rank in ranks:
+            result = rank[i]
+            for name, p in result["weights"].items():
+                assert difference(p, weights[name]) < 5e-6, (case, name)
+            for j, (name, start, piece) in enumerate(result["pieces"]):
+                if case[0] or rank is ranks[0]:
+                    covered[name][start : start + len(piece)] += 1
+                for mine, reference in zip(result["averages"], averages, strict=True):
+                    scale = reference[name].abs().max()
+                    expected = reference[name].reshape(-1)[start : start + len(piece)]
+                    assert float((mine[j] - expected).abs().max() / scale) < 5e-6, (case, name)
+            assert result["deviation"] <= 1e-5, case
+            assert result["clip"] == 0.0, "DeepSpeed clips at 1.0 unless told"
+            assert not case[0] or world == 1 or result["cut_rows"] > 0, "no row was cut: widen the test"
+        assert all((c == 1).all() for c in covered.values()), case
+        total = sum(p.numel() for p in weights.values()) * 4 * 2
+        if case[0]:
+            assert max(rank[i]["ema_bytes"] for rank in ranks) <= total / world * 1.01, "an average holds 1/N per rank"
+
+
+def nonfinite_step(policy: str) -> dict:
+    """Two ranks, a NaN in one tensor's gradient on rank 1 in the second of four steps."""
+    from trainer.engine import Engine, start_process_group
+
+    rank, world = start_process_group()
+    engine = Engine(config_of(micro_batch=6, optimizer__nonfinite=policy), build(config_of()))
+    seen, known = [], []
+    for step in range(4):
+        part = slice(rank * 6, rank * 6 + 6)
+        loss = losses_of(engine.denoiser, step, part)
+        if step == 1 and rank == 1:
+            loss = loss + engine.module.unet.out_gain.sum() * float("nan")
+        engine.backward(loss)
+        engine.step(rate(step) + 0.001, (step + 1) * BATCH)
+        known.append(engine.optimizer.nonfinite_steps())
+        seen.append({n: p.detach().clone() for n, p in engine.module.named_parameters()})
+    return {"weights": seen, "known": known, "bad": engine.optimizer.bad_tensors()}
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "zero"])
+def test_nonfinite_gradient_never_reaches_the_weights(policy):
+    ranks = on_ranks(2, nonfinite_step, policy)
+    for r in ranks:
+        before, at, after = r["weights"][0], r["weights"][1], r["weights"][2]
+        assert all(torch.isfinite(p).all() for p in r["weights"][-1].values())
+        assert r["known"] == [0, 0, 1, 1], "every rank knows it one step later"
+        moved = [not torch.equal(at[n], before[n]) for n in at]
+        goes_on = [not torch.equal(after[n], at[n]) for n in at]
+        assert any(moved) == (policy == "zero") and any(goes_on) == (policy != "stop")
+    assert {n for r in ranks for n in r["bad"]} == {"unet.out_gain"}

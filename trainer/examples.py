@@ -1,0 +1,82 @@
+"""What the network sees at a position: latents, label, noise level, noise. A pure function of (seed, position).
+
+A position is a sample's place in the endless global order; the step at clock c covers positions c ... c + global_batch - 1,
+and rank r takes the r-th contiguous part. So a run that goes on with another number of ranks or another micro-batch sees the
+same samples with the same noise, bitwise.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.latents import whiten
+from data_pipeline.manifest import check_fits
+from data_pipeline.wds import open_source
+from models.noise import density
+from trainer import draws
+from trainer.config import Config
+
+
+@dataclass
+class Example:
+    """One micro-batch on the device; latents are whitened to standard deviation sigma_data."""
+
+    positions: Tensor  # int64 [N]
+    latents: Tensor  # fp32 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    sigma: Tensor  # fp32 [N]
+    noise: Tensor  # fp32 [N, C, H, W], unit variance
+    label_uniform: Tensor | None  # fp32 [N], for label dropout
+
+
+def micro_batches(clock: int, global_batch: int, micro_batch: int, rank: int, world: int) -> Iterator[np.ndarray]:
+    """Yield int64 positions of each of this rank's micro-batches of the step that starts at `clock`."""
+    part = global_batch // world
+    first = clock + rank * part
+    for start in range(first, first + part, micro_batch):
+        yield np.arange(start, start + micro_batch, dtype=np.int64)
+
+
+class Examples:
+    """The training set at any position."""
+
+    def __init__(self, config: Config, device: torch.device):
+        m = config.model
+        self.seed, self.device = config.seed, device
+        self.label_dropout, self.dropout = config.loss.label_dropout, m.dropout
+        self.source = open_source(config.data.path, config.seed, config.data.window)
+        self.manifest = self.source.manifest
+        check_fits(self.manifest, config.data.codec, m.channels, m.resolution, m.label_dim)
+        self.density = density(vars(config.noise), m.sigma_data)
+
+    def at(self, positions: np.ndarray) -> Example:
+        """Return the micro-batch at these positions."""
+        batch = self.source.batch(positions)
+        where = batch.position.to(self.device, non_blocking=True)
+        stored = batch.stored.to(self.device, non_blocking=True)
+        posterior = None
+        if self.manifest.moments == "mean_std":
+            half = (stored.shape[1] // 2, *stored.shape[2:])
+            posterior = draws.normal(self.seed, "posterior", where, half)
+        latents = whiten(stored, self.manifest, posterior)
+        return Example(
+            positions=where,
+            latents=latents,
+            labels=batch.labels.to(self.device, non_blocking=True),
+            sigma=self.density.sigma_from_uniform(draws.sigma_uniform(self.seed, where)).float(),
+            noise=draws.normal(self.seed, "noise", where, tuple(latents.shape[1:])),
+            label_uniform=draws.uniform(self.seed, "label dropout", where) if self.label_dropout else None,
+        )
+
+    def dropout_mask(self, positions: Tensor):
+        """Return mask(layer, shape) -> keep mask as a function of (seed, layer, position); None where nothing is dropped."""
+        if not self.dropout:
+            return None
+
+        def mask(layer: int, shape: tuple[int, ...]) -> Tensor:
+            return draws.uniform(self.seed, f"dropout {layer}", positions, tuple(shape[1:])) >= self.dropout
+
+        return mask
