@@ -136,7 +136,7 @@ def reconstruct(plan: Plan, paths: Sequence[Path], dtype: str | None = None) -> 
     coefficients = torch.from_numpy(plan.coefficients.T.astype(np.float32).copy())
     chunk = max(CHUNK_ELEMENTS // (len(plan.inputs) + len(paths)), 1)
     with ExitStack() as stack:
-        files = [stack.enter_context(open(s.path, "rb", buffering=0)) for s in plan.inputs]
+        files = [stack.enter_context(open(s.path, "rb")) for s in plan.inputs]
         outputs = [
             stack.enter_context(tensor_file.TensorFile(path, header, output))
             for path, header in zip(paths, _headers(plan, dtype), strict=True)
@@ -192,6 +192,9 @@ def _check_layouts(inputs: Sequence[Snapshot], layouts: Sequence[dict]) -> None:
                 raise ValueError(
                     f"{s.path.name}: tensor {name} has another shape than in {last}; they are of two networks"
                 )
+        for name in inputs[-1].header["buffers"]:  # constants drawn once per run: others mean another initialisation
+            if s.header["checksums"][name] != inputs[-1].header["checksums"][name]:
+                raise ValueError(f"{s.path.name}: buffer {name} differs from that in {last}; they are of two networks")
 
 
 def _headers(plan: Plan, dtype: str) -> list[dict]:
