@@ -1,4 +1,4 @@
-"""Run a function on N real gloo ranks: `results = on_ranks(2, function, *args)`, one result per rank.
+"""Real gloo ranks for tests: `on_ranks(2, function, *args)` calls a function on each, `Ranks` runs the trainer.
 
 The function lives at the top level of a test module and is called in a fresh process with the rank variables set.
 """
@@ -7,10 +7,14 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def on_ranks(world: int, function, *args, timeout_seconds: float = 180) -> list:
@@ -68,3 +72,48 @@ def _rank(rank: int, world: int, port: int, file: Path, function, args) -> None:
     beside.write_bytes(pickle.dumps(result))
     beside.rename(file)
     os._exit(status)  # a peer may be gone: the process group's destructors would wait for it
+
+
+class Ranks:
+    """`python -m trainer.train ARGS` on `world` real ranks, each with its own log."""
+
+    def __init__(self, world: int, folder: Path, *args: str):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"rank{r}-{time.time_ns()}.log" for r in range(world)]
+        self.processes = []
+        for r, log in enumerate(self.logs):
+            env = dict(
+                os.environ,
+                RANK=str(r),
+                WORLD_SIZE=str(world),
+                LOCAL_RANK=str(r),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+                GLOO_SOCKET_IFNAME="lo",
+                OMP_NUM_THREADS="1",
+            )
+            command = [sys.executable, "-m", "trainer.train", *args]
+            with open(log, "wb") as out:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+                )
+
+    def wait(self, timeout_seconds: float = 120) -> list[int]:
+        """Return the exit statuses; kill what is left after the time limit."""
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        for p in self.processes:
+            if p.poll() is None:
+                p.kill()
+            p.wait()
+
+    def output(self) -> str:
+        return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in self.logs)

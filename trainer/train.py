@@ -30,7 +30,7 @@ from trainer.loss import denoising_loss
 from trainer.lr import learning_rate
 from trainer.meter import Meter
 from trainer.metrics import Metrics
-from trainer.snapshots import SnapshotWriter
+from trainer.snapshot_writer import SnapshotWriter
 from trainer.state import RunState, write_atomically
 
 
@@ -54,7 +54,7 @@ class Run:
         self.snapshots = SnapshotWriter(folder, self._snapshot_header(commit), self.rank, self.world, snapshot_group)
         m = config.metrics
         self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port)
-        self.metrics.set("evenkeel_run_info", 1, commit=commit[:12], config=digest(config), world=str(self.world))
+        self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
         per_image = flops.count(to_dict(config)["model"]).training_flops_per_image
         self.meter = Meter(config, self.engine, self.metrics, self.clock, per_image, self.examples.manifest.num_samples)
         self.state.write(status="running", clock=self.clock)

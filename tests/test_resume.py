@@ -1,0 +1,154 @@
+"""Preemption loses nothing: a run that is stopped, killed or damaged and started again ends bitwise as if undisturbed."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline import encode
+from tests.gloo import ROOT, Ranks
+
+STEPS, BATCH = 12, 64
+OVERRIDES = [
+    f"duration_images={STEPS * BATCH}",
+    f"global_batch={BATCH}",
+    "micro_batch=16",
+    "model.model_channels=12",
+    "model.channels_per_head=12",
+    "snapshots.every_images=128",
+    "snapshots.dtype=fp32",
+    "checkpoints.every_images=256",
+    "checkpoints.keep_last=5",
+    f"metrics.every_images={BATCH}",
+    "lr.rampup_images=0",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    assert encode.main(["sklearn:digits", str(folder), "--codec", "pixels"]) == 0
+    return folder
+
+
+def start(run: Path, data: Path, *more: str, world: int = 2) -> Ranks:
+    overrides = [*OVERRIDES, f"run={run}", f"data.path={data}", f"cluster.ranks_per_node={world}", *more]
+    return Ranks(world, run / "logs", str(ROOT / "configs/quickstart.yaml"), *overrides)
+
+
+def finish(run: Path, data: Path, *more: str, world: int = 2) -> None:
+    ranks = start(run, data, *more, world=world)
+    assert ranks.wait() == [0] * world, ranks.output()
+
+
+def clock(run: Path) -> int:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return json.loads(lines[-1])["evenkeel_images_seen"] if lines else 0
+
+
+def wait_for_clock(run: Path, images: int, ranks: Ranks) -> None:
+    deadline = time.monotonic() + 90
+    while clock(run) < images:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in ranks.processes), ranks.output()
+        time.sleep(0.02)
+
+
+def state_of(run: Path, images: int = STEPS * BATCH) -> dict[str, torch.Tensor]:
+    """Return whole logical tensors of a checkpoint, put together from its ranks' files."""
+    folder = run / "checkpoints" / f"{images:010d}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    parts: dict[str, list] = {}
+    for file, entry in manifest["files"].items():
+        tensors = load_file(folder / file)
+        starts = {name: start for name, start, _ in entry["pieces"]}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            parts.setdefault(key, []).append((0 if kind == "buffer" else starts[name], tensor.flatten()))
+    return {key: torch.cat([t for _, t in sorted(pieces, key=lambda p: p[0])]) for key, pieces in parts.items()}
+
+
+def snapshots_of(run: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{p.name}/{name}": t
+        for p in sorted((run / "snapshots").glob("*.safetensors"))
+        for name, t in load_file(p).items()
+    }
+
+
+def assert_same(run: Path, other: Path) -> None:
+    for what in (state_of, snapshots_of):
+        a, b = what(run), what(other)
+        assert a.keys() == b.keys() and len(a) > 50
+        assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(run, data)
+    return run
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_one_rank_stops_all_at_one_boundary_and_nothing_is_lost(
+    number, status, data, undisturbed, tmp_path
+):
+    run = tmp_path / "run"
+    ranks = start(run, data)
+    wait_for_clock(run, 2 * BATCH, ranks)
+    ranks.processes[1].send_signal(number)
+    assert ranks.wait() == [status, status], ranks.output()
+    state = json.loads((run / "state.json").read_text())
+    assert state["status"] == "stopped" and 0 < state["clock"] == state["last_checkpoint"] < STEPS * BATCH
+    finish(run, data)
+    state = json.loads((run / "state.json").read_text())
+    assert (state["status"], state["clock"], state["attempt"]) == ("finished", STEPS * BATCH, 2)
+    assert_same(run, undisturbed)
+
+
+def test_a_killed_rank_takes_the_others_down_and_the_next_start_repeats_the_rest(data, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    ranks = start(run, data)
+    wait_for_clock(run, 6 * BATCH, ranks)
+    ranks.processes[1].kill()
+    statuses = ranks.wait(60)
+    assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2, 75, 130, -signal.SIGKILL), ranks.output()
+    # the newest checkpoint is damaged on top: the one before must serve
+    (run / "checkpoints").mkdir(exist_ok=True)
+    newest = sorted((run / "checkpoints").glob("[0-9]*"))[-1]
+    file = newest / "rank00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    ranks = start(run, data)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "damaged checkpoint" in ranks.output()
+    assert_same(run, undisturbed)
+
+
+def test_another_number_of_ranks_sees_the_same_samples_and_ends_within_rounding(data, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    ranks = start(run, data, "optimizer.eps=1e-3")
+    wait_for_clock(run, 3 * BATCH, ranks)
+    ranks.processes[0].send_signal(signal.SIGTERM)
+    assert ranks.wait() == [75, 75], ranks.output()
+    stopped_at = json.loads((run / "state.json").read_text())["clock"]
+    before = state_of(run, stopped_at)
+    finish(run, data, "optimizer.eps=1e-3", "micro_batch=64", world=1)
+    reference = tmp_path / "reference"
+    finish(reference, data, "optimizer.eps=1e-3", "micro_batch=64", world=1)
+    a, b = state_of(run), state_of(reference)
+    for key in a:
+        assert float((a[key] - b[key]).abs().max()) <= 2e-5 * float(b[key].abs().max()), key
+    assert before.keys() == a.keys()
+
+
+def test_a_finished_run_ends_at_once_and_moves_nothing(data, undisturbed):
+    before = state_of(undisturbed)
+    ranks = start(undisturbed, data)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert all(torch.equal(before[k], v) for k, v in state_of(undisturbed).items())
