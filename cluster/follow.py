@@ -1,0 +1,270 @@
+"""Follow a local run in the foreground: progress, Ctrl-C, restarts, and what to do with the result.
+
+Fed by the run's own files (metrics.jsonl, state.json), so it shows what any other reader could see. After Ctrl-C the run saves and
+leaves; a second one kills. Restarts follow the same policy as on Slurm: as long as the clock advances.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from cluster import job
+from cluster.job import Outcome
+from cluster.local import Attempt
+from cluster.run_directory import clock, is_finished, read_json, shown
+from trainer.config import Config, format_size
+
+LOOK_SECONDS = 0.2
+LINE_SECONDS = 5.0  # between plain lines where stdout is no terminal
+TAIL_LINES = 15
+FROM_OUTSIDE = (signal.SIGTERM, signal.SIGHUP)
+STAGES = {"encode": "encoding", "train": "training", "finish": "drawing"}
+
+
+class Tail:
+    """The newest values of a growing JSONL file, read piece by piece; a half-written last line waits for its rest."""
+
+    def __init__(self, path: Path):
+        self.path, self.values = path, {}
+        self._offset, self._rest = 0, b""
+
+    def read(self) -> dict:
+        """Return the last whole line's object, merged over those before it."""
+        try:
+            with open(self.path, "rb") as f:
+                if f.seek(0, 2) < self._offset:  # cut back by a resumed trainer
+                    self._offset, self._rest = 0, b""
+                f.seek(self._offset)
+                new = f.read()
+        except FileNotFoundError:
+            return self.values
+        self._offset += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        for line in lines:
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue  # a line torn by a crash; the trainer writes on after it
+            if isinstance(found, dict):
+                self.values.update(found)
+        return self.values
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, config: Config):
+        self.run, self.total = Path(config.run), config.duration_images
+        self.tail = Tail(self.run / "metrics.jsonl")
+        self.tail.read()  # lines of earlier attempts are no news
+        self.tail.values = {}
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bar = None
+        if self.console.is_terminal:
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}% {task.fields[text]}"),
+            ]
+            self.bar = Progress(*columns, console=self.console, refresh_per_second=5)
+            self.task = self.bar.add_task("starting", total=self.total, text="")
+            self.bar.start()
+        self._line_at, self._line = 0.0, ""
+
+    def say(self, text: str) -> None:
+        """Print a line (above the bar)."""
+        self.console.print(text, markup=False)
+
+    def show(self, stage: str) -> None:
+        """Show how far the run is."""
+        values = self.tail.read()
+        images = max(int(values.get("evenkeel_images_seen") or 0), clock(self.run))
+        text = describe(images, self.total, values)
+        if self.bar:
+            self.bar.update(self.task, completed=min(images, self.total), description=stage, text=text)
+        elif (line := f"{stage}: {text}") != self._line and time.monotonic() - self._line_at >= LINE_SECONDS:
+            self._line_at, self._line = time.monotonic(), line
+            self.say(line)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def describe(images: int, total: int, values: dict) -> str:
+    """Return one line of numbers: images, speed, loss, time left."""
+    parts = [f"{short(images)}/{short(total)} images"]
+    for key, form in (
+        ("evenkeel_images_per_second", lambda v: f"{v:,.0f} images/s"),
+        ("evenkeel_loss", lambda v: f"loss {v:.4f}"),
+        ("evenkeel_eta_seconds", lambda v: f"{duration(v)} left"),
+    ):
+        value = values.get(key)
+        if isinstance(value, int | float) and math.isfinite(value):
+            parts.append(form(value))
+    return ", ".join(parts)
+
+
+def short(images: int) -> str:
+    """Return a count of images in few characters: 160Ki, 2.1Gi, 731."""
+    for suffix, unit in (("Gi", 2**30), ("Mi", 2**20), ("Ki", 2**10)):
+        if images >= unit:
+            return format_size(images) if images % unit == 0 else f"{images / unit:.1f}{suffix}"
+    return str(images)
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as 45s, 3m05s or 7h12m."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+class Follower:
+    """Attempts at a run, one after the other, until it is finished, stopped, or no longer worth a restart."""
+
+    def __init__(self, config: Config):
+        self.config, self.run = config, Path(config.run)
+        self.asked: list[int] = []  # signals that came to us
+        self.passed_on = 0
+        self.attempt: Attempt | None = None
+
+    def follow(self, first_attempt: int) -> int:
+        """Run to the end and return the exit status: the trainer's own."""
+        for number in (signal.SIGINT, *FROM_OUTSIDE):
+            signal.signal(number, self.note)
+        self.display = Display(self.config)
+        number, idle, reached = first_attempt, 0, clock(self.run)
+        try:
+            while True:
+                outcome = self.one_attempt(number)
+                status = self.judge(outcome)
+                if status is not None:
+                    break
+                idle, reached = (0, clock(self.run)) if clock(self.run) > reached else (idle + 1, reached)
+                if idle > self.config.cluster.max_restarts:
+                    self.display.say(f"giving up after {idle} attempts without progress beyond {reached} images")
+                    status = outcome.status
+                    break
+                number += 1
+                self.display.say(
+                    f"attempt {number - 1} ended with status {outcome.status}; restarting from the last checkpoint"
+                )
+        finally:
+            self.display.close()
+        self.report(outcome, status)
+        return status
+
+    def note(self, number: int, frame) -> None:
+        """Remember a signal that came to us."""
+        self.asked.append(number)
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+
+    def one_attempt(self, number: int) -> Outcome:
+        """Start the job, follow it until nothing of it runs, and return how it ended."""
+        self.passed_on = 0
+        self.attempt = attempt = Attempt(self.config, number)
+        while attempt.running():
+            self.pass_on()
+            self.display.show(self.stage())
+            time.sleep(LOOK_SECONDS)
+        outcome = attempt.outcome()
+        if outcome.status not in (job.FINISHED, job.START_AGAIN, job.INTERRUPTED):
+            attempt.kill()  # what a crashed trainer may have left, loader processes for instance
+        self.display.show("finished" if outcome.status == job.FINISHED else "stopped")
+        return outcome
+
+    def stage(self) -> str:
+        """Return a word for what rank 0 does at present."""
+        if self.asked:
+            return "saving"
+        zero = read_json(self.attempt.folder / "rank0.json")
+        return STAGES.get(zero.get("stage"), "starting")
+
+    def pass_on(self) -> None:
+        """Hand signals that came to us on to the job: the first asks it to save, a second Ctrl-C ends it."""
+        if len(self.asked) == self.passed_on:
+            return
+        if self.asked.count(signal.SIGINT) >= 2:
+            self.display.say("killed; the last checkpoint is intact")
+            self.attempt.kill()
+        elif not self.passed_on:
+            first = signal.Signals(self.asked[0])
+            again = " (Ctrl-C again kills it)" if first == signal.SIGINT else ""
+            self.display.say(f"stopping: saving a checkpoint ...{again}")
+            self.attempt.stop(signal.SIGINT if first == signal.SIGINT else signal.SIGTERM)
+        self.passed_on = len(self.asked)
+
+    def judge(self, outcome: Outcome) -> int | None:
+        """Return the final exit status, or None for a restart."""
+        if outcome.status == job.FINISHED:
+            return job.FINISHED
+        if self.asked.count(signal.SIGINT) >= 2:
+            return job.INTERRUPTED
+        if self.asked or outcome.status in (job.USER_ERROR, job.INTERRUPTED) or outcome.stage == "finish":
+            return outcome.status
+        return None
+
+    def report(self, outcome: Outcome, status: int) -> None:
+        """Say how it ended and what to do next."""
+        if status == job.FINISHED:
+            print("\n".join(summary(self.config)))
+        elif status in (job.INTERRUPTED, job.START_AGAIN):
+            print(f"stopped at {clock(self.run)} images; go on with: python cluster/submit.py {shown(self.run)}")
+        else:
+            print(
+                f"failed: rank {outcome.rank} ended with status {outcome.status} while {STAGES.get(outcome.stage, 'starting')}"
+            )
+            for line in last_lines(outcome.log, TAIL_LINES):
+                print(f"  | {line}")
+            print(f"log: {shown(outcome.log)}")
+        sys.stdout.flush()
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """Return a log's last lines, [] where there is none."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, f.seek(0, 2) - 20_000))
+            return f.read().decode(errors="replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []
+
+
+def summary(config: Config) -> list[str]:
+    """Return where a finished run's results lie and three commands to try next."""
+    run = Path(config.run)
+    snapshot, grid = job.finish_files(config)
+    name = shown(run)
+    lines = [f"{name} is finished at {clock(run)} images" if is_finished(run) else f"{name} has ended"]
+    found = sorted((run / "snapshots").glob("*.safetensors"))
+    for label, path, there in (
+        ("picture", shown(grid), grid.is_file()),
+        ("snapshots", f"{shown(run / 'snapshots')} ({len(found)} files)", bool(found)),
+        ("reconstruction", shown(snapshot), snapshot.is_file()),
+        ("metrics", shown(run / "metrics.jsonl"), (run / "metrics.jsonl").is_file()),
+        ("logs", shown(run / "logs"), True),
+    ):
+        if there:
+            lines.append(f"  {label + ':':<16}{path}")
+    sample = shown(snapshot) if snapshot.is_file() else shown(found[-1]) if found else f"{name}/snapshots/FILE"
+    lines += [
+        "try next:",
+        f"  python -m trainer.posthoc {name} --sigma-rel 0.08 --out {name}/posthoc/sigma_rel_0.08.safetensors",
+        f"  python -m trainer.generate {sample} --classes all --per-class 16 --out {name}/samples/more.png",
+        f"  python -m trainer.evaluate {sample}",
+    ]
+    return lines

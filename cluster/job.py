@@ -1,0 +1,274 @@
+"""What each task of a job runs: the trainer as a child process, and the translation of how it ends.
+
+Exit statuses: 0 finished; 2 the user's error, never restart; 75 saved, start again; 130 saved after Ctrl-C, don't restart; 137 and
+all else: a crash. The child is never left behind: it gets our signals, our parent's and submitter's death (as SIGTERM, so that it
+saves), and the kernel tells it of our own. How each rank stands is written to `control`/rank<k>.json for those who watch.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import ranks
+from cluster.run_directory import is_alive, read_json, write_atomically
+from trainer.config import load
+
+FINISHED, USER_ERROR, START_AGAIN, INTERRUPTED, KILLED = 0, 2, 75, 130, 137
+# Endings that no other rank's end brings about: our own statuses, SIGKILL, SIGSEGV, SIGBUS.
+CERTAIN = (USER_ERROR, START_AGAIN, INTERRUPTED, KILLED, 139, 135)
+POLL_SECONDS = 0.1
+WATCH_SECONDS = 0.5  # how often files of other tasks are looked at
+RESEND_SECONDS = 2.0  # a signal that met the interpreter while it started may be lost
+# What the others get when one rank has ended badly (the role srun's --kill-on-bad-exit plays on Slurm). After an orderly stop
+# they have passed the same barrier and only have to take down the interpreter.
+GRACE_SECONDS = {START_AGAIN: 60.0, INTERRUPTED: 60.0}
+CRASH_GRACE_SECONDS = 5.0
+ENCODING_SILENCE_SECONDS = 600.0
+
+
+def run(plan: dict) -> int:
+    """Run one task by `plan` (run, control, attempt, master_port, submitter) and return its exit status; on Slurm, exit with it."""
+    task = Task(plan)
+    task.listen()
+    status = task.work()
+    if task.place.kind == "slurm":
+        sys.exit(status)  # srun and the batch script after it go by the exit status
+    return status
+
+
+class Task:
+    """One rank's child processes, from the first to the last."""
+
+    def __init__(self, plan: dict):
+        self.plan, self.place, self.config = plan, ranks.place(), load(Path(plan["run"]) / "config.yaml")
+        self.run, self.control = Path(plan["run"]), Path(plan["control"])
+        self.local = self.place.kind == "local"
+        self.attempt = plan["attempt"] + self.place.restarts
+        self.log = self.run / "logs" / f"{self.attempt:04d}_rank{self.place.rank}.log"
+        self.parent = os.getppid()
+        self.wanted = 0  # the signal we were asked to stop with
+        self.forwarded: set[int] = set()
+        self.bad_peer: tuple[int, int, float] | None = None  # rank, status, until when to wait
+        self.watched_at = 0.0
+        self.record = {"rank": self.place.rank, "pid": os.getpid(), "host": self.place.host, "log": str(self.log)}
+
+    def listen(self) -> None:
+        """Note the signals that ask for a stop, in place of submitit's handlers (one of which ignores SIGTERM)."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._note)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _note(self, number, frame) -> None:
+        self.wanted = number
+
+    def work(self) -> int:
+        """Encode if need be, train, draw; return the task's exit status."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        status = self.encode()
+        if status == FINISHED:
+            status = self.train()
+        if status == FINISHED and self.place.rank == 0:
+            status = self.finish()
+        by = "peer" if self.bad_peer and status == KILLED else "self"
+        self.write(status=status, by=by)
+        return status
+
+    def write(self, **changes) -> None:
+        """Tell the others how this rank stands."""
+        self.record.update(changes, time=time.time())
+        write_atomically(self.control / f"rank{self.place.rank}.json", json.dumps(self.record))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The stages.
+
+    def encode(self) -> int:
+        """Let rank 0 make the dataset where there is none yet, and the others wait for it; return an exit status."""
+        data = self.config.data
+        self.write(stage="encode" if data.encode_from else "train", status=None)
+        if not data.encode_from:
+            return FINISHED
+        if self.place.rank != 0:
+            return self._await_encoding()
+        if (Path(data.path) / "manifest.json").is_file():  # written last: with it the dataset is complete
+            return FINISHED
+        self.say(f"encoding {data.encode_from} into {data.path}")
+        command = ["-m", "data_pipeline.encode", data.encode_from, data.path, "--codec", data.codec]
+        return self.supervise(command)
+
+    def _await_encoding(self) -> int:
+        path, seen, since = self.control / "rank0.json", None, time.monotonic()
+        while True:
+            zero = read_json(path)
+            if zero.get("status") or zero.get("stage") not in (None, "encode"):
+                return zero.get("status") or FINISHED
+            if zero.get("time") != seen:
+                seen, since = zero.get("time"), time.monotonic()
+            if time.monotonic() - since > ENCODING_SILENCE_SECONDS or (
+                self.local and zero and not is_alive(zero["pid"])
+            ):
+                self.say(f"rank 0 says nothing any more while encoding; its log: {zero.get('log')}")
+                return 1
+            self.watch()
+            if self.wanted:
+                return asked_status(self.wanted)
+            time.sleep(WATCH_SECONDS)
+
+    def train(self) -> int:
+        """Run the trainer and return its exit status."""
+        self.write(stage="train")
+        return self.supervise(["-m", "trainer.train", str(self.run / "config.yaml")])
+
+    def finish(self) -> int:
+        """Reconstruct one more EMA length and draw a grid with it, where the config asks for that."""
+        cluster = self.config.cluster
+        snapshot, grid = finish_files(self.config)
+        if not cluster.finish_sigma_rel or grid.is_file():
+            return FINISHED
+        self.write(stage="finish")
+        sigma_rel, per_class = str(cluster.finish_sigma_rel), str(cluster.finish_images_per_class)
+        status = self.supervise(
+            ["-m", "trainer.posthoc", str(self.run), "--sigma-rel", sigma_rel, "--out", str(snapshot)]
+        )
+        if status == FINISHED:
+            draw = [
+                "-m",
+                "trainer.generate",
+                str(snapshot),
+                "--classes",
+                "all",
+                "--per-class",
+                per_class,
+                "--out",
+                str(grid),
+            ]
+            status = self.supervise(draw)
+        return status
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One child.
+
+    def supervise(self, arguments: list[str]) -> int:
+        """Run Python with these arguments in RUN/code until it ends, pass signals on, and translate how it ended."""
+        if self.wanted:
+            return asked_status(self.wanted)
+        with open(self.log, "a", buffering=1) as log:
+            child = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=self.run / "code",
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_die_with_parent,
+            )
+        sent_at, heartbeat = 0.0, time.monotonic()
+        while child.poll() is None:
+            time.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            self.watch()
+            if self.wanted and (self.wanted not in self.forwarded or now - sent_at > RESEND_SECONDS):
+                child.send_signal(self.wanted)
+                self.forwarded.add(self.wanted)
+                sent_at = now
+            if self.bad_peer and now > self.bad_peer[2]:
+                rank, status, _ = self.bad_peer
+                self.say(f"killed, because rank {rank} ended with status {status}")
+                child.kill()
+            if now - heartbeat > 30:
+                self.write()
+                heartbeat = now
+        return translate(child.returncode, {*self.forwarded, self.wanted})
+
+    def environment(self) -> dict[str, str]:
+        """Return the child's environment."""
+        port = self.plan.get("master_port") or ranks.port_of(self.place.job_id, self.place.restarts)
+        variables = ranks.environment(self.place, port, self.config.cluster.cpus_per_rank)
+        return {**os.environ, **variables, "PYTHONPATH": str(self.run / "code"), "PYTHONUNBUFFERED": "1"}
+
+    def watch(self) -> None:
+        """Look whether others want us to stop, are gone, or have ended badly; only local jobs have nobody else to do that."""
+        if not self.local or time.monotonic() - self.watched_at < WATCH_SECONDS:
+            return
+        self.watched_at = time.monotonic()
+        if not self.wanted:
+            asked = read_json(self.control / "stop.json").get("signal")
+            if asked:
+                self.wanted = signal.Signals[asked]
+            elif os.getppid() != self.parent or not is_alive(self.plan["submitter"]):
+                self.say("the submitting process is gone: saving, then leaving")
+                self.wanted = signal.SIGTERM
+        if not self.bad_peer:
+            self.bad_peer = self._find_bad_peer()
+
+    def _find_bad_peer(self) -> tuple[int, int, float] | None:
+        for rank in range(self.place.world):
+            peer = read_json(self.control / f"rank{rank}.json")
+            status = peer.get("status")
+            if rank == self.place.rank or not peer or status == FINISHED:
+                continue
+            if status is None and is_alive(peer["pid"]):
+                continue
+            status = KILLED if status is None else status
+            return rank, status, time.monotonic() + GRACE_SECONDS.get(status, CRASH_GRACE_SECONDS)
+        return None
+
+    def say(self, text: str) -> None:
+        """Add a line of our own to the rank's log."""
+        with open(self.log, "a") as log:
+            print(f"job: {text}", file=log)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: the status that decides, and whose it is."""
+
+    status: int
+    rank: int
+    stage: str
+    log: Path
+
+
+def read_outcome(control: Path, fallback_logs: list[Path]) -> Outcome:
+    """Return how the ranks of an ended attempt ended together; `fallback_logs` holds a task's output before its trainer's log."""
+    endings = []
+    for k, fallback in enumerate(fallback_logs):
+        r = read_json(control / f"rank{k}.json")
+        status = KILLED if r.get("status") is None else r["status"]
+        # who was killed is guiltier than who stumbled over the missing peer, and who ended first than who followed
+        order = (status == FINISHED, r.get("by") == "peer", status not in CERTAIN, r.get("time", 0.0))
+        log = Path(r["log"]) if r and Path(r["log"]).is_file() else fallback
+        endings.append((order, Outcome(status, k, r.get("stage", "start"), log)))
+    return min(endings, key=lambda e: e[0])[1]
+
+
+def finish_files(config) -> tuple[Path, Path]:
+    """Return where the reconstruction and the grid that follow a run lie."""
+    name = f"phema-{config.duration_images:010d}-{config.cluster.finish_sigma_rel:.5f}.safetensors"
+    return Path(config.run) / "posthoc" / name, Path(config.run) / "samples" / "grid.png"
+
+
+def asked_status(number: int) -> int:
+    """Return the exit status of a stop that was asked for by this signal."""
+    return INTERRUPTED if number == signal.SIGINT else START_AGAIN
+
+
+def translate(returncode: int, forwarded: set[int]) -> int:
+    """Turn subprocess' return code into an exit status; a child that died of a signal we passed on was only asked too early."""
+    if returncode >= 0:
+        return returncode
+    if -returncode in forwarded:
+        return asked_status(-returncode)
+    return 128 - returncode
+
+
+def _die_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process, just forked, when its parent dies (Linux: PR_SET_PDEATHSIG is 1)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,71 @@
+"""What runs where, and how far: `python -m cluster.status [RUN ...]`; without a RUN, all of runs/."""
+
+import argparse
+import socket
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.follow import Tail, duration, short
+from cluster.run_directory import is_alive, read_state, saved_images, shown
+
+COLUMNS = ("run", "state", "clock", "images/s", "left", "saved at", "attempt", "seen", "last error", "logs")
+
+
+def row(run: Path) -> list[str]:
+    """Return one run's line of the table, by COLUMNS."""
+    state, values = read_state(run), Tail(run / "metrics.jsonl").read()
+    status = state.get("status") or "not started"
+    if (
+        status in ("starting", "running")
+        and state.get("host") == socket.gethostname()
+        and not is_alive(state.get("pid", 0))
+    ):
+        status = "gone"  # killed before it could say so
+    running = status in ("starting", "running")
+    rate, left = values.get("evenkeel_images_per_second"), values.get("evenkeel_eta_seconds")
+    clock = short(state.get("clock") or 0) + (f"/{short(state['duration'])}" if state.get("duration") else "")
+    return [
+        shown(run),
+        status,
+        clock,
+        f"{rate:,.0f}" if running and rate else "",
+        duration(left) if running and left is not None else "",
+        short(saved_images(run)),
+        str(state.get("attempt") or ""),
+        f"{duration(max(0.0, time.time() - state['time']))} ago" if state.get("time") else "",
+        str(state.get("last_error") or "").split("\n")[0],
+        shown(run / "logs"),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.status", description="Show what runs where, and how far.")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories; default: all of runs/")
+    arguments = parser.parse_args(argv)
+    for run in arguments.runs:
+        if not (run / "config.yaml").is_file():
+            print(f"error: {run}: no run directory (it has no config.yaml); try: ls runs", file=sys.stderr)
+            return 2
+    runs = arguments.runs or sorted(p.parent for p in Path("runs").glob("*/config.yaml"))
+    if not runs:
+        print("no runs in runs/ yet; start one: python cluster/submit.py configs/quickstart.yaml")
+        return 0
+    rows = [row(run) for run in runs]
+    console = Console(highlight=False)
+    if console.is_terminal:
+        table = Table(*COLUMNS, box=None)
+        for cells in rows:
+            table.add_row(*cells)
+        console.print(table)
+    else:  # a pipe gets columns that survive `cut` and `awk`
+        print("\n".join("\t".join(cells) for cells in [COLUMNS, *rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""A checkout with the true cluster/ and config, and a stand-in trainer that behaves as told: what tests of cluster/ submit.
+
+Everything else is real: submit.py as a process, submitit, the tasks, signals. The stand-in keeps the two words that trainer and
+cluster share (exit status, state.json) and is told what to do by the variable BEHAVE, a JSON object.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CONFIG = """\
+run: runs/small
+duration_images: 400
+global_batch: 20
+micro_batch: 10
+model: {resolution: 8, channels: 1, label_dim: 10}
+data: {path: data/small, codec: pixels}
+cluster: {kind: local, ranks_per_node: 2}
+"""
+
+TRAINER = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+behave = json.loads(os.environ.get("BEHAVE", "{}"))
+time.sleep(behave.get("deaf_seconds", 0))
+asked = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, lambda n, f: asked.append(n))
+from trainer.config import load
+
+config = load(sys.argv[1])
+run, rank = Path(config.run), int(os.environ["RANK"])
+print("rank", rank, "of", os.environ["WORLD_SIZE"], "at", os.environ["MASTER_ADDR"], __file__, flush=True)
+saved = sorted((run / "checkpoints").glob("*"))
+clock = int(saved[-1].name) if saved else 0
+try:
+    life = json.loads((run / "state.json").read_text())["attempt"] + 1
+except FileNotFoundError:
+    life = 1
+time.sleep(0.2)
+
+
+def tell(status):
+    if rank == 0:
+        state = {"status": status, "clock": clock, "attempt": life, "pid": os.getpid(), "host": os.uname().nodename}
+        beside = run / ".state"
+        beside.write_text(json.dumps(state))
+        beside.replace(run / "state.json")
+
+
+def save():
+    time.sleep(behave.get("save_seconds", 0))
+    if rank == 0:
+        (run / "checkpoints" / f"{clock:010d}").mkdir(parents=True, exist_ok=True)
+
+
+tell("running")
+while clock < config.duration_images:
+    time.sleep(behave.get("step_seconds", 0.05))
+    clock += config.global_batch
+    tell("running")
+    if rank == 0:
+        with open(run / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({"evenkeel_images_seen": clock, "evenkeel_images_per_second": 400.0, "evenkeel_loss": 0.5}) + "\\n")
+    for wrong in behave.get("wrongs", []):
+        if life in wrong["lives"] and clock == wrong["clock"] and rank in wrong.get("ranks", [0, 1]):
+            if wrong.get("save"):
+                save()
+            print("something went wrong in rank", rank, flush=True)
+            if wrong["status"] < 0:
+                os.kill(os.getpid(), -wrong["status"])
+            sys.exit(wrong["status"])
+    if asked:
+        save()
+        tell("stopped")
+        sys.exit(130 if signal.SIGINT in asked else 75)
+save()
+tell("finished")
+"""
+
+POSTHOC = """
+import pathlib, sys
+p = pathlib.Path(sys.argv[-1]); p.parent.mkdir(parents=True); p.write_text(" ".join(sys.argv[1:]))
+"""
+ENCODE = """
+import json, os, pathlib, sys, time
+time.sleep(0.5)
+if sys.argv[1] == "wrong":
+    print("error: no such source"); sys.exit(2)
+p = pathlib.Path(sys.argv[2]); p.mkdir(parents=True); (p / "manifest.json").write_text(json.dumps(sys.argv[1:]))
+"""
+
+
+def make(folder: Path) -> Path:
+    """Write the checkout into `folder` and return it."""
+    root = folder / "checkout"
+    shutil.copytree(ROOT / "cluster", root / "cluster", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in {
+        "trainer/__init__.py": "",
+        "trainer/train.py": TRAINER,
+        "trainer/posthoc.py": POSTHOC,
+        "trainer/generate.py": POSTHOC,
+        "data_pipeline/__init__.py": "",
+        "data_pipeline/encode.py": ENCODE,
+        "configs/small.yaml": CONFIG,
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    shutil.copy(ROOT / "trainer" / "config.py", root / "trainer" / "config.py")
+    return root
+
+
+def environment(behave: dict | None = None) -> dict:
+    """Return this process' environment with the stand-in told how to behave."""
+    return {**os.environ, "BEHAVE": json.dumps(behave or {})}
+
+
+def start(
+    root: Path, *words: str, behave: dict | None = None, config: str = "configs/small.yaml", **how
+) -> subprocess.Popen:
+    """Start submit.py in the checkout, in a session of its own like a terminal's."""
+    command = [sys.executable, "cluster/submit.py", config, *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **how}
+    return subprocess.Popen(command, cwd=root, env=environment(behave), text=True, start_new_session=True, **pipes)
+
+
+def submit(
+    root: Path, *words: str, behave: dict | None = None, config: str = "configs/small.yaml"
+) -> tuple[int, str, str]:
+    """Run submit.py to its end; return its exit status, output and errors."""
+    process = start(root, *words, behave=behave, config=config)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def wait_for(condition, seconds: float = 20.0):
+    """Return the first true value of `condition()`; fail when there is none in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"nothing came of {condition} within {seconds} s")
+
+
+def state(run: Path) -> dict:
+    """Return the run's state.json, {} before there is one."""
+    try:
+        return json.loads((run / "state.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def processes_of(root: Path) -> list[str]:
+    """Return the command lines of all living processes that work in or for the checkout."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            where = os.readlink(path / "cwd")
+        except OSError:
+            continue
+        if words and int(path.name) != os.getpid() and (str(root) in words or where.startswith(str(root))):
+            found.append(f"{path.name}: {words}")
+    return found
+
+
+def interrupt(process: subprocess.Popen, number: int = signal.SIGINT) -> None:
+    """Send a signal to the whole foreground process group, as a terminal does."""
+    os.killpg(process.pid, number)
