@@ -9,6 +9,7 @@ beside it; the manifest comes last. So a killed job starts again at the first mi
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -183,7 +184,10 @@ def assemble(job: Job, folder: Path) -> manifest.Manifest | None:
     manifest.save(made, folder)
     for number in range(job.num_shards):
         _record_path(folder, number).unlink(missing_ok=True)
-    (folder / RECORDS).rmdir()
+    for leftover in folder.glob(".*.tmp"):  # of jobs that were killed
+        leftover.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another part finished at the same moment and wrote the same manifest
+        (folder / RECORDS).rmdir()
     return made
 
 
@@ -226,7 +230,9 @@ def _part(text: str) -> tuple[int, int]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.encode", description="Turn images into shards.")
-    parser.add_argument("source", help="sklearn:digits, or a folder of images by class")
+    parser.add_argument(
+        "source", help="sklearn:digits, or images: a folder by class, a tar, WebDataset shards, an EDM2 zip"
+    )
     parser.add_argument("folder", type=Path, help="where the shards go")
     parser.add_argument("--codec", default="pixels", help="pixels, sd-vae-ft-mse or tinyae4")
     parser.add_argument("--codec-weights", help="local weights of the codec")
@@ -234,6 +240,7 @@ def main(argv=None) -> int:
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="of stored latents")
     parser.add_argument("--resolution", type=int, help="crop and resize images to this, as EDM2 does")
     parser.add_argument("--samples-per-shard", type=int, default=1024)
+    parser.add_argument("--labels", type=Path, help="JSON or CSV of names and labels, instead of the source's own")
     parser.add_argument("--label-dim", type=int, help="number of classes, where the source does not show all of them")
     parser.add_argument(
         "--on-broken", default="stop", choices=("stop", "skip"), help="what to do with unreadable images"
@@ -246,7 +253,7 @@ def main(argv=None) -> int:
         if args.samples_per_shard < 1:
             raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
         codec = codecs.open_codec(args.codec, args.codec_weights, args.device, args.dtype)
-        images = sources.open_images(args.source)
+        images = sources.open_images(args.source, args.labels)
         encode(
             Job(images, codec, args.samples_per_shard, args.resolution, args.on_broken, args.label_dim),
             args.folder,

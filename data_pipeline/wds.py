@@ -8,6 +8,7 @@ where it writes.
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from data_pipeline.reader import LocalFolder, Source
 
 _BLOCK = 512
 _MAX_EXTENDED_HEADER = 2**20
+_MAX_JSON = 2**20
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def walk_tar(data, name="tar") -> Iterator[Member]:
                 path = block[345:500].split(b"\0")[0] + b"/" + path
             content = offset + _BLOCK
             size = int(extended.get("size", size)) if kind not in b"xgL" else size
-            if content + size > total:
+            if size < 0 or content + size > total:
                 raise ValueError(f"it needs {size} bytes and {total - content} are left")
             if kind in b"xgL" and size > _MAX_EXTENDED_HEADER:
                 raise ValueError("its extended header is too large")
@@ -140,7 +142,7 @@ def index_tar(path) -> tuple[np.ndarray, npy.Layout]:
                 raise ValueError(f"is {found}, the first sample is {layout}")
             payload = data[array.offset + start : array.offset + array.size]
             npy.check_values(payload, found)
-            label = _label(data, group.get("cls"))
+            label = label_of(data, group)
         except ValueError as error:
             raise ValueError(f"{path}: sample {key!r} at offset {array.offset}: {error}") from None
         digest = xxhash.xxh3_64_intdigest(payload)
@@ -150,13 +152,33 @@ def index_tar(path) -> tuple[np.ndarray, npy.Layout]:
     return index.from_rows(rows), layout
 
 
-def _label(data, member: Member | None) -> int:
-    if member is None:
-        return index.NO_LABEL
-    text = bytes(data[member.offset : member.offset + min(member.size, 32)])
-    if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
-        raise ValueError(f"its label {text[:20]!r} is no class number")
-    return int(text)
+def index_shard(path, container: str) -> tuple[np.ndarray, npy.Layout]:
+    """Index a shard of either container."""
+    if container == "mds":
+        from data_pipeline import mds
+
+        return mds.index_mds(path)
+    return index_tar(path)
+
+
+def label_of(data, group: dict[str, Member]) -> int:
+    """Read a sample's class number from its .cls member, or from "label" in its .json; -1 where it has neither."""
+    if "cls" in group:
+        member = group["cls"]
+        text = bytes(data[member.offset : member.offset + min(member.size, 32)])
+        if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
+            raise ValueError(f"its label {text[:20]!r} is no class number")
+        return int(text)
+    if "json" in group and group["json"].size <= _MAX_JSON:
+        member = group["json"]
+        try:
+            content = json.loads(bytes(data[member.offset : member.offset + member.size]))
+        except (ValueError, RecursionError):
+            raise ValueError("its .json member is no JSON") from None
+        label = content.get("label") if isinstance(content, dict) else None
+        if type(label) is int and 0 <= label < 10**9:
+            return label
+    return index.NO_LABEL
 
 
 # ---------------------------------------------------------------------------------------------------------------------
