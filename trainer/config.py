@@ -12,80 +12,44 @@ import os
 import re
 import typing
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import yaml
+
+from trainer.typed import at_least, build, list_of, one_of, required
+from trainer.typed import format_size as format_size  # the sizes are part of the config language
+from trainer.typed import parse_size as parse_size
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Human sizes: Ki Mi Gi are powers of 2, k M G powers of 10.
-
-_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-
-
-def parse_size(text: str) -> Decimal:
-    """Read a number with an optional size suffix: '8Mi' -> 8388608, '143.36M' -> 143360000."""
-    match = re.fullmatch(r"\s*([-+]?[0-9_.]+(?:[eE][-+]?[0-9]+)?)\s*([kMG]|[KMG]i)?\s*", text)
-    try:
-        return Decimal(match.group(1)) * _SUFFIXES[match.group(2) or ""]
-    except (AttributeError, InvalidOperation):
-        raise ValueError(f"{text!r} is no number; write 128Ki, 8Mi, 143.36M, 0.01 or 1e-3") from None
-
-
-def format_size(number: int) -> str:
-    """Write an integer the way `parse_size` reads it, with the largest suffix that is exact in few digits."""
-    for suffix in ("Gi", "Mi", "Ki"):
-        if number and number % _SUFFIXES[suffix] == 0:
-            return f"{number // _SUFFIXES[suffix]}{suffix}"
-    return str(number)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The groups.
-
-
-def _one_of(default: str, *choices: str):
-    return field(default=default, metadata={"choices": choices})
-
-
-def _list(*items):
-    return field(default_factory=lambda: list(items))
-
-
-def _required(minimum=None):
-    return field(default=None, metadata={"required": True, "minimum": minimum})
-
-
-def _at_least(default, minimum):
-    return field(default=default, metadata={"minimum": minimum})
 
 
 @dataclass
 class Model:
     """The network; names follow the EDM2 paper (Karras et al. 2024, Table 6 and Appendix A)."""
 
-    family: str = _one_of("edm2", "edm2")
-    resolution: int = _at_least(64, 1)  # height and width of what is diffused: latents or pixels
-    channels: int = _at_least(4, 1)
-    label_dim: int = _at_least(1000, 0)  # 0: unconditional
-    model_channels: int = _at_least(192, 1)
-    channel_mult: list[int] = _list(1, 2, 3, 4)
-    num_blocks: int = _at_least(3, 1)
-    attn_resolutions: list[int] = _list(16, 8)
-    channels_per_head: int = _at_least(64, 1)
-    channel_mult_noise: int = _at_least(0, 0)  # 0: the first level's width
-    channel_mult_emb: int = _at_least(0, 0)  # 0: the widest level's width
+    family: str = one_of("edm2", "edm2")
+    resolution: int = at_least(64, 1)  # height and width of what is diffused: latents or pixels
+    channels: int = at_least(4, 1)
+    label_dim: int = at_least(1000, 0)  # 0: unconditional
+    model_channels: int = at_least(192, 1)
+    channel_mult: list[int] = list_of(1, 2, 3, 4)
+    num_blocks: int = at_least(3, 1)
+    attn_resolutions: list[int] = list_of(16, 8)
+    channels_per_head: int = at_least(64, 1)
+    channel_mult_noise: int = at_least(0, 0)  # 0: the first level's width
+    channel_mult_emb: int = at_least(0, 0)  # 0: the widest level's width
     label_balance: float = 0.5
     concat_balance: float = 0.5
     residual_balance: float = 0.3
     attn_balance: float = 0.3
     clip_act: float = 256.0  # 0: off
-    dropout: float = _at_least(0.0, 0.0)
-    resample_filter: list[int] = _list(1, 1)
-    logvar_channels: int = _at_least(128, 1)
+    dropout: float = at_least(0.0, 0.0)
+    resample_filter: list[int] = list_of(1, 1)
+    logvar_channels: int = at_least(128, 1)
     sigma_data: float = 0.5
 
 
@@ -93,13 +57,13 @@ class Model:
 class Noise:
     """The density of noise levels in training."""
 
-    density: str = _one_of("lognormal", "lognormal", "laplace", "cosine")
+    density: str = one_of("lognormal", "lognormal", "laplace", "cosine")
     P_mean: float = -0.4  # of ln sigma, lognormal (EDM2: -0.4 for latents, -0.8 for ImageNet-64 pixels)
-    P_std: float = _at_least(1.0, 0.0)
+    P_std: float = at_least(1.0, 0.0)
     mu: float = 0.0  # of logsnr, laplace (Hang & Gu 2024)
     b: float = 0.5
-    sigma_min: float = _at_least(0.0, 0.0)  # 0: no lower bound
-    sigma_max: float = _at_least(0.0, 0.0)  # 0: no upper bound
+    sigma_min: float = at_least(0.0, 0.0)  # 0: no lower bound
+    sigma_max: float = at_least(0.0, 0.0)  # 0: no upper bound
 
 
 @dataclass
@@ -107,7 +71,7 @@ class Loss:
     """The training objective (Karras et al. 2024, Eq. 14-21)."""
 
     uncertainty: bool = True
-    label_dropout: float = _at_least(0.0, 0.0)
+    label_dropout: float = at_least(0.0, 0.0)
 
 
 @dataclass
@@ -117,8 +81,8 @@ class Optimizer:
     beta1: float = 0.9
     beta2: float = 0.99
     eps: float = 1e-8
-    nonfinite: str = _one_of("stop", "stop", "skip", "zero")
-    max_skipped_steps: int = _at_least(10, 0)  # with nonfinite=skip: more than this many in a run stop it
+    nonfinite: str = one_of("stop", "stop", "skip", "zero")
+    max_skipped_steps: int = at_least(10, 0)  # with nonfinite=skip: more than this many in a run stop it
 
 
 @dataclass
@@ -126,42 +90,42 @@ class LearningRate:
     """Inverse-square-root decay with linear ramp-up (Karras et al. 2024, Eq. 67), in images."""
 
     ref_lr: float = 0.01
-    decay_images: int = _at_least(143_360_000, 0)  # 70,000 batches of 2,048; 0: no decay
-    rampup_images: int = _at_least(10_000_000, 0)  # 0: none
+    decay_images: int = at_least(143_360_000, 0)  # 70,000 batches of 2,048; 0: no decay
+    rampup_images: int = at_least(10_000_000, 0)  # 0: none
 
 
 @dataclass
 class Ema:
     """Power-function averages tracked during training, by their relative width."""
 
-    sigma_rel: list[float] = _list(0.05, 0.10)
+    sigma_rel: list[float] = list_of(0.05, 0.10)
 
 
 @dataclass
 class Snapshots:
     """EMA snapshots for post-hoc reconstruction."""
 
-    every_images: int = _at_least(8 * 2**20, 0)  # 0: none
-    dtype: str = _one_of("fp16", "fp16", "bf16", "fp32")
+    every_images: int = at_least(8 * 2**20, 0)  # 0: none
+    dtype: str = one_of("fp16", "fp16", "bf16", "fp32")
 
 
 @dataclass
 class Checkpoints:
     """The state a run continues from, bitwise."""
 
-    every_images: int = _at_least(128 * 2**20, 0)  # 0: only when stopping
-    keep_last: int = _at_least(2, 1)
+    every_images: int = at_least(128 * 2**20, 0)  # 0: only when stopping
+    keep_last: int = at_least(2, 1)
 
 
 @dataclass
 class Data:
     """The shards."""
 
-    path: str = _required()
+    path: str = required()
     codec: str = "sd-vae-ft-mse"  # must equal the manifest's: a network trained on other latents is another network
     encode_from: str = ""  # source for data_pipeline.encode when `path` has no manifest yet
-    window: int = _at_least(16, 1)  # shards whose samples are mixed
-    nonfinite: str = _one_of("stop", "stop")
+    window: int = at_least(16, 1)  # shards whose samples are mixed
+    nonfinite: str = one_of("stop", "stop")
 
 
 @dataclass
@@ -169,7 +133,7 @@ class Engine:
     """How the step is executed."""
 
     zero_stage: int = field(default=1, metadata={"choices": (0, 1, 2)})
-    activations: str = _one_of("fp32", "fp32", "bf16", "fp16")
+    activations: str = one_of("fp32", "fp32", "bf16", "fp16")
     activation_checkpointing: bool = False
     compile: bool = False
     deterministic: bool = True
@@ -179,23 +143,23 @@ class Engine:
 class Metrics:
     """What is exported, how often."""
 
-    every_images: int = _at_least(128 * 2**10, 1)
+    every_images: int = at_least(128 * 2**10, 1)
     address: str = "127.0.0.1"
-    port: int = _at_least(0, 0)  # 0: any free one; it is written to RUN/targets/
+    port: int = at_least(0, 0)  # 0: any free one; it is written to RUN/targets/
 
 
 @dataclass
 class Cluster:
     """Where the ranks run, and what follows the training."""
 
-    kind: str = _one_of("local", "local", "slurm")
-    nodes: int = _at_least(1, 1)
-    ranks_per_node: int = _at_least(1, 1)
-    gpus_per_node: int = _at_least(0, 0)
-    cpus_per_rank: int = _at_least(1, 1)
-    memory_gb: int = _at_least(0, 0)  # per node; 0: the partition's default
-    time_minutes: int = _at_least(0, 0)  # 0: the partition's default
-    signal_seconds: int = _at_least(120, 0)  # warning before the time limit; a save must fit
+    kind: str = one_of("local", "local", "slurm")
+    nodes: int = at_least(1, 1)
+    ranks_per_node: int = at_least(1, 1)
+    gpus_per_node: int = at_least(0, 0)
+    cpus_per_rank: int = at_least(1, 1)
+    memory_gb: int = at_least(0, 0)  # per node; 0: the partition's default
+    time_minutes: int = at_least(0, 0)  # 0: the partition's default
+    signal_seconds: int = at_least(120, 0)  # warning before the time limit; a save must fit
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -204,21 +168,21 @@ class Cluster:
     reservation: str = ""
     mail_user: str = ""
     slurm_parameters: dict = field(default_factory=dict)  # any further sbatch options, by name
-    setup: list[str] = _list()  # lines of the batch script before srun
-    max_restarts: int = _at_least(3, 0)  # in a row without progress of the clock
-    finish_sigma_rel: float = _at_least(0.0, 0.0)  # after the run: reconstruct this EMA length; 0: nothing
-    finish_images_per_class: int = _at_least(8, 0)  # ... and draw a grid with it
+    setup: list[str] = list_of()  # lines of the batch script before srun
+    max_restarts: int = at_least(3, 0)  # in a row without progress of the clock
+    finish_sigma_rel: float = at_least(0.0, 0.0)  # after the run: reconstruct this EMA length; 0: nothing
+    finish_images_per_class: int = at_least(8, 0)  # ... and draw a grid with it
 
 
 @dataclass
 class Config:
     """A whole run."""
 
-    run: str = _required()  # the run directory
-    duration_images: int = _required(1)
-    global_batch: int = _required(1)
-    micro_batch: int = _required(1)  # samples of one forward on one rank
-    seed: int = _at_least(0, 0)
+    run: str = required()  # the run directory
+    duration_images: int = required(1)
+    global_batch: int = required(1)
+    micro_batch: int = required(1)  # samples of one forward on one rank
+    seed: int = at_least(0, 0)
     model: Model = field(default_factory=Model)
     noise: Noise = field(default_factory=Noise)
     loss: Loss = field(default_factory=Loss)
@@ -242,7 +206,7 @@ GROUPS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_data
 
 def from_dict(plain: dict) -> Config:
     """Build a checked Config from nested plain data; raise ValueError for an unknown key, a wrong type, a missing value."""
-    config = _build(Config, plain, "")
+    config = build(Config, plain)
     check(config)
     return config
 
@@ -265,76 +229,6 @@ def digest(config: Config) -> str:
     plain["data"].pop("path")
     plain["data"].pop("encode_from")
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _build(cls: type, plain, prefix: str):
-    if not isinstance(plain, dict):
-        raise ValueError(
-            f"{prefix.rstrip('.') or 'config'}: {plain!r} is no group of keys; write it as key: value lines"
-        )
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in plain:
-        if key not in fields:
-            raise ValueError(_unknown_key(prefix, str(key), list(fields)))
-    values = {}
-    for name, f in fields.items():
-        key = prefix + name
-        if dataclasses.is_dataclass(f.type):
-            values[name] = _build(f.type, plain.get(name) or {}, key + ".")
-        elif plain.get(name) is not None:
-            values[name] = _value(plain[name], f, key)
-        elif f.metadata.get("required"):
-            raise ValueError(f"{key}: no value; set it in the YAML file or on the command line as {key}=...")
-    return cls(**values)
-
-
-def _unknown_key(prefix: str, key: str, known: list[str]) -> str:
-    where = f"in {prefix.rstrip('.')!r}" if prefix else "at the top level"
-    # a key at the wrong level (lr=0.01 for lr.ref_lr, model.P_mean for noise.P_mean) is as common a slip as a typo
-    for f in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(f.type) and key in {g.name for g in dataclasses.fields(f.type)}:
-            return f"{prefix}{key}: unknown key {where}; did you mean {f.name}.{key}?"
-    match = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-    if match:
-        return f"{prefix}{key}: unknown key {where}; did you mean {prefix}{match[0]}?"
-    return f"{prefix}{key}: unknown key {where}; known are {', '.join(known)}"
-
-
-def _value(value, f: dataclasses.Field, key: str):
-    value = _typed(value, f.type, key)
-    choices, minimum = f.metadata.get("choices"), f.metadata.get("minimum")
-    if choices and value not in choices:
-        close = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{key}={value}: must be one of {', '.join(str(c) for c in choices)}{hint}")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{key}={value}: must be at least {minimum}")
-    return value
-
-
-def _typed(value, kind, key: str):
-    if typing.get_origin(kind) is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{key}={value!r}: must be a list, written [a, b]")
-        (item,) = typing.get_args(kind)
-        return [_typed(v, item, f"{key}[{i}]") for i, v in enumerate(value)]
-    if kind is dict and isinstance(value, dict):
-        return value
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
-        try:
-            number = parse_size(value) if isinstance(value, str) else Decimal(repr(value))
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-        if kind is float:
-            return float(number)
-        if number == number.to_integral_value():
-            return int(number)
-    names = {int: "a whole number (128Ki and 8Mi are fine)", float: "a number", bool: "true or false", str: "text"}
-    raise ValueError(f"{key}={value!r}: must be {names.get(kind, kind)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

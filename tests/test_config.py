@@ -1,0 +1,192 @@
+"""A config is a citation; a wrong one costs a second and one line."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer import config
+from trainer.config import Config, check_batch, dump, load, to_dict
+from trainer.typed import format_size, parse_size
+
+CONFIGS = Path(config.CONFIGS)
+
+# Karras et al. 2024 (arXiv 2312.02696), Table 6, and the reference code's presets for XXS and ImageNet-64 XS:
+# channels, duration in 2^20 images, reference learning rate, decay in batches of 2,048, dropout, P_mean, P_std, image channels
+PUBLISHED = {
+    "edm2_xxs": (64, 2048, 0.0170, 70_000, 0.00, -0.4, 1.0, 4),
+    "edm2_xs": (128, 2048, 0.0120, 70_000, 0.00, -0.4, 1.0, 4),
+    "edm2_s": (192, 2048, 0.0100, 70_000, 0.00, -0.4, 1.0, 4),
+    "edm2_m": (256, 2048, 0.0090, 70_000, 0.10, -0.4, 1.0, 4),
+    "edm2_l": (320, 1792, 0.0080, 70_000, 0.10, -0.4, 1.0, 4),
+    "edm2_xl": (384, 1280, 0.0070, 70_000, 0.10, -0.4, 1.0, 4),
+    "edm2_xxl": (448, 896, 0.0065, 70_000, 0.10, -0.4, 1.0, 4),
+    "edm2_img64_xs": (128, 1024, 0.0120, 35_000, 0.00, -0.8, 1.6, 3),
+    "edm2_img64_s": (192, 1024, 0.0100, 35_000, 0.00, -0.8, 1.6, 3),
+    "edm2_img64_m": (256, 2048, 0.0090, 35_000, 0.10, -0.8, 1.6, 3),
+    "edm2_img64_l": (320, 1024, 0.0080, 35_000, 0.10, -0.8, 1.6, 3),
+    "edm2_img64_xl": (384, 640, 0.0070, 35_000, 0.10, -0.8, 1.6, 3),
+}
+
+
+def test_every_published_preset_is_there_and_no_other():
+    assert {p.stem for p in CONFIGS.glob("edm2_*.yaml")} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_carry_the_published_hyper_parameters(name):
+    c = load(CONFIGS / f"{name}.yaml")
+    channels, duration, ref_lr, decay, dropout, p_mean, p_std, image_channels = PUBLISHED[name]
+    m, n, r = c.model, c.noise, c.lr
+    assert (m.model_channels, m.dropout, m.channels) == (channels, dropout, image_channels)
+    assert (m.channel_mult, m.num_blocks, m.attn_resolutions) == ([1, 2, 3, 4], 3, [16, 8])
+    assert (m.resolution, m.label_dim, m.sigma_data, m.logvar_channels) == (64, 1000, 0.5, 128)
+    assert (n.density, n.P_mean, n.P_std) == ("lognormal", p_mean, p_std)
+    assert (r.ref_lr, r.decay_images, r.rampup_images) == (ref_lr, decay * 2048, 10_000_000)
+    assert (c.duration_images, c.global_batch) == (duration * 2**20, 2048)
+    assert (c.optimizer.beta1, c.optimizer.beta2, c.optimizer.eps) == (0.9, 0.99, 1e-8)
+    assert (c.ema.sigma_rel, c.snapshots.every_images) == ([0.05, 0.10], 8 * 2**20)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_top_level_file_is_a_citation_and_survives_composition(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    assert all(word in text for word in ("Expect:", "Cost:", f"Run:  python cluster/submit.py configs/{path.name}"))
+    c = load(path)
+    assert config.from_dict(yaml.safe_load(dump(c))) == c, "a composed config reads back as itself, without Hydra"
+
+
+@pytest.mark.parametrize(
+    "overrides, value",
+    [
+        (["global_batch=1Ki", "lr.ref_lr=1e-3"], (1024, 0.001)),
+        (["global_batch=512", "lr.ref_lr=0.02"], (512, 0.02)),
+    ],
+)
+def test_overrides_win_with_human_sizes(overrides, value):
+    c = load(CONFIGS / "quickstart.yaml", overrides)
+    assert (c.global_batch, c.lr.ref_lr) == value
+
+
+@pytest.mark.parametrize("name", ["quickstart", "edm2_s"])
+def test_a_group_is_chosen_by_name(name):
+    c = load(CONFIGS / f"{name}.yaml", ["engine=zero2", "cluster.nodes=2", "global_batch=4096"])
+    assert (c.engine.zero_stage, c.cluster.nodes) == (2, 2)
+    assert c.engine.activations == load(CONFIGS / f"{name}.yaml").engine.activations, "what the group leaves out stays"
+
+
+def test_a_config_outside_the_checkout_finds_the_groups(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "defaults: [{model: edm2_xs}, {noise: edm2_img512}, _self_]\nrun: r\nduration_images: 64\n"
+        "global_batch: 64\nmicro_batch: 64\ndata: {path: d}\n"
+    )
+    assert load(file).model.model_channels == 128
+
+
+WRONG = [
+    (["engine.zero_stag=1"], "did you mean engine.zero_stage?"),
+    (["modle.dropout=0.1"], "did you mean model?"),
+    (["ref_lr=0.1"], "did you mean lr.ref_lr?"),
+    (["lr=0.1"], "set one of them: lr.ref_lr"),
+    (["engine=zero9"], "configs/engine/zero9.yaml; did you mean"),
+    (["global_batch=1000"], "must be a multiple of ranks x micro_batch = 2 x 128 = 256; try micro_batch=125"),
+    (["duration_images=1000"], "must be a multiple of global_batch=256; try 768 or 1024"),
+    (["engine.zero_stage=7"], "must be one of 0, 1, 2"),
+    (["engine.activations=fp8"], "must be one of fp32, bf16, fp16"),
+    (["lr.ref_lr=abc"], "'abc' is no number"),
+    (["seed=1.5"], "must be a whole number"),
+    (["seed=-1"], "must be at least 0"),
+    (["engine.compile=2"], "must be true or false"),
+    (["model.channel_mult=4"], "must be a list"),
+    (["model.resolution=9"], "must be divisible by 2"),
+    (["ema.sigma_rel=[0.3]"], "must lie between 0 and 0.2886"),
+    (["ema.sigma_rel=[0.05,0.0501]"], "must differ in three decimals"),
+    (["model.dropout=1"], "must be below 1"),
+    (["--seed=1"], "must be written key=value"),
+    (["+seed=1"], "must be written key=value"),
+    (["seed"], "must be written key=value"),
+    (["run=${seed}"], "interpolations are not supported"),
+    (["seed=[1"], "not understood"),
+    (["data.path=null"], "data.path: no value"),
+]
+
+
+@pytest.mark.parametrize("overrides, said", WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_a_wrong_override_gets_one_line_with_rule_and_remedy(overrides, said):
+    with pytest.raises(ValueError) as caught:
+        load(CONFIGS / "quickstart.yaml", overrides)
+    assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("run: [", "no valid YAML"),
+        ("just words", "holds no keys"),
+        ("", "holds no keys"),
+        (
+            "run: r\nduration_images: 1\nglobal_batch: 1\nmicro_batch: 1\ndata: {path: d}\nengine: 3\n",
+            "engine: 3 is no group of keys",
+        ),
+        ("run: r\n", "duration_images: no value"),
+        ("defaults: [{model: nope}, _self_]\nrun: r\n", "nope"),
+    ],
+)
+def test_a_wrong_file_gets_one_line(tmp_path, content, said):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load(file)
+    assert said in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_gets_the_close_names():
+    with pytest.raises(ValueError, match=r"no such config file; did you mean .*configs/edm2_xl\.yaml"):
+        load("configs/edm2_xll.yaml")
+
+
+def test_the_login_node_imports_no_torch_and_waits_less_than_two_seconds():
+    code = "import sys; from trainer.config import load; load('configs/edm2_xl.yaml', ['engine=zero2'])"
+    code += "; sys.exit('torch' in sys.modules)"
+    started = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
+    assert time.monotonic() - started < 5, "about 0.5 s on an idle core"
+
+
+@given(st.integers(1, 2**50))
+def test_sizes_read_back_as_written(number):
+    assert parse_size(format_size(number)) == number == parse_size(str(number))
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("8Mi", 8 * 2**20), ("143.36M", 143_360_000), ("70k", 70_000), ("1e-3", 0.001), ("2Gi", 2**31), ("1_000", 1000)],
+)
+def test_suffixes(text, number):
+    assert float(parse_size(text)) == number
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096))
+def test_a_batch_is_accepted_exactly_where_it_divides(world, micro_batch, global_batch):
+    c = Config(run="r", duration_images=1, global_batch=global_batch, micro_batch=micro_batch)
+    if global_batch % (world * micro_batch) == 0:
+        check_batch(c, world)
+    else:
+        with pytest.raises(ValueError, match="try"):
+            check_batch(c, world)
+
+
+def test_the_digest_names_the_training_not_the_place():
+    a = load(CONFIGS / "quickstart.yaml")
+    moved = load(CONFIGS / "quickstart.yaml", ["run=elsewhere", "data.path=/other/place", "cluster.ranks_per_node=1"])
+    other = load(CONFIGS / "quickstart.yaml", ["lr.ref_lr=0.02"])
+    assert config.digest(a) == config.digest(moved) != config.digest(other)
+    assert set(to_dict(a)) == {f.name for f in dataclasses.fields(Config)}
