@@ -81,6 +81,7 @@ class Block(nn.Module):
         layer: int = 0,
     ):
         super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.encoder, self.layer, self.dropout, self.clip_act = encoder, layer, dropout, clip_act
         self.residual_balance, self.attn_balance = residual_balance, attn_balance
         # Integer division: narrow blocks silently go without attention, as in the reference.

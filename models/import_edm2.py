@@ -89,29 +89,30 @@ def _mapping(value) -> dict:
     raise ValueError("refused: a module without its dictionaries of tensors")
 
 
-def _model(precond: dict, blocks: list[dict]) -> dict:
-    """Return the config group `model` from the constructor's arguments and what the blocks were built with."""
-    if precond.get("_init_args"):
-        raise ValueError("refused: the network was built with unnamed arguments; its configuration cannot be known")
+def model_of(options: dict) -> dict:
+    """Return the config group `model` for the constructor arguments of the reference's network, defaults filled in."""
     model = {"family": "edm2", **DEFAULTS}
-    kwargs = _mapping(precond.get("_init_kwargs"))
     known = {*DEFAULTS, *RENAMED.values(), "label_dim"}
-    for key, value in kwargs.items():
+    for key, value in options.items():
         name = RENAMED.get(key, key)
         if key in IGNORED:
             continue
         if name not in known:
             raise ValueError(f"refused: the network has an option {key!r} that is not known here")
         model[name] = plain(value)
-    for block in blocks:
-        for key in ("dropout", "res_balance", "attn_balance", "clip_act"):
-            if key in block and block[key] != model[RENAMED.get(key, key)]:
-                raise ValueError(f"refused: its blocks have {key}={block[key]!r}, its options say otherwise")
     model["clip_act"] = model["clip_act"] or 0
     for key in ("resolution", "channels", "label_dim"):
         if type(model.get(key)) is not int:
             raise ValueError(f"refused: the network's {key} is {model.get(key)!r}, not an integer")
     return model
+
+
+def _check_blocks(model: dict, blocks: list[dict]) -> None:
+    """Raise ValueError where a block was built with other options than the network says."""
+    for block in blocks:
+        for key in ("dropout", "res_balance", "attn_balance", "clip_act"):
+            if key in block and (block[key] or 0) != model[RENAMED.get(key, key)]:
+                raise ValueError(f"refused: its blocks have {key}={block[key]!r}, its options say otherwise")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +172,10 @@ def read_pickle(path) -> tuple[dict, dict[str, Tensor]]:
         precond = persistent(content["ema"], "Precond")
         tensors, blocks = {}, []
         _collect(content["ema"], "", tensors, blocks)
-        model = _model(precond, blocks)
+        if precond.get("_init_args"):
+            raise ValueError("refused: the network was built with unnamed arguments; its configuration cannot be known")
+        model = model_of(_mapping(precond.get("_init_kwargs")))
+        _check_blocks(model, blocks)
         tensors = {name: from_reference(name, value).contiguous() for name, value in tensors.items()}
         _check_tensors(model, tensors)
         data_facts = _data(content.get("encoder"), model)
@@ -269,7 +273,7 @@ def export_file(source, target) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{source}: no readable safetensors file ({error})") from None
-    if not header:
+    if not isinstance(header, dict) or not isinstance(header.get("model"), dict):
         raise ValueError(f"{source}: no header of evenkeel; give a snapshot or a reconstruction of a run")
     names = {value: key for key, value in RENAMED.items()}
     options = {names.get(key, key): value for key, value in header["model"].items() if key != "family"}
