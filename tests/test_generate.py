@@ -1,0 +1,180 @@
+"""Drawing: image i is a function of (network, seed, i), whatever else is asked for."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import denoiser, magnitude
+from trainer import generate, tensor_file
+from trainer.snapshots import file_name
+
+TINY = {
+    **{"family": "edm2", "resolution": 8, "channels": 1, "label_dim": 10, "model_channels": 16, "channel_mult": [1, 2]},
+    **{"num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 16, "logvar_channels": 16, "sigma_data": 0.5},
+}
+DATA = {
+    **{"codec": "pixels", "codec_hash": "", "moments": "mean", "mean": [78.0], "std": [96.0], "shape": [1, 8, 8]},
+    **{"label_dim": 10, "digest": "d"},
+}
+
+
+def write_network(path, seed=0, clock=64, sigma_rel=0.1, life=1, kind="ema", **changes):
+    """Write a snapshot of an untrained network whose gains are not zero, so that it does something."""
+    torch.manual_seed(seed)
+    network = denoiser.build(TINY | changes)
+    magnitude.normalize_rows_(network)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("gain"):
+                parameter.fill_(0.3)
+    header = {"kind": kind, "run": "r", "life": life, "clock": clock, "sigma_rel": sigma_rel, "dtype": "fp32"}
+    header |= {"model": TINY | changes, "data": DATA, "buffers": [n for n, _ in network.named_buffers()]}
+    path = Path(path)
+    path = path / "snapshots" / file_name(clock, sigma_rel) if path.suffix == "" else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensor_file.write(path, header, {n: t.detach() for n, t in network.state_dict().items()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    return write_network(tmp_path_factory.mktemp("run") / "a.safetensors")
+
+
+def drawing(path, *arguments):
+    """Open a drawing as the command does."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    generate.add_drawing_options(parser)
+    options = parser.parse_args(["--steps", "4", *arguments])
+    return generate.open_drawing(path, options, generate.settings_of(options))[0]
+
+
+def close(a, b):
+    # another batch may take another kernel: rounding, not randomness
+    return (a - b).abs().max() < 1e-4 * a.abs().max()
+
+
+@pytest.mark.parametrize("churn", ["0", "10"])
+def test_image_i_does_not_depend_on_the_batch(snapshot, churn):
+    made = drawing(snapshot, "--seed", "3", "--churn", churn)
+    whole = made.latents(torch.arange(12))
+    assert close(whole[5:6], made.latents(torch.tensor([5])))
+    assert close(whole[[7, 2]], made.latents(torch.tensor([7, 2])))
+    assert not close(whole, drawing(snapshot, "--seed", "4", "--churn", churn).latents(torch.arange(12)))
+    parts = torch.cat([x for _, x in made.batches(range(12), 5)])
+    assert close(whole, parts)
+
+
+def test_an_image_keeps_its_noise_whatever_classes_are_asked_for(snapshot):
+    some, every = generate.positions_of([3, 7], 2, 10), generate.positions_of(range(10), 3, 10)
+    assert some == [3, 13, 7, 17] and set(some) < set(every) and sorted(every) == list(range(30))
+    made = drawing(snapshot)
+    assert made.label_dim == 10
+    assert close(made.latents(torch.tensor(some)), made.latents(torch.tensor(every))[[every.index(i) for i in some]])
+
+
+def test_guidance_moves_away_from_the_guide(snapshot, tmp_path):
+    guide = write_network(tmp_path / "g.safetensors", seed=1)
+    where = torch.arange(3)
+    plain, other = drawing(snapshot).latents(where), drawing(guide).latents(where)
+    guided = drawing(snapshot, "--guidance", "2", "--guide", str(guide)).latents(where)
+    assert not close(plain, guided)
+    zero = drawing(snapshot, "--guidance", "0", "--guide", str(guide)).latents(where)
+    assert close(zero, other)  # weight 0 is the guide alone
+    nowhere = ["--guidance", "2", "--guide", str(guide), "--guidance-interval", "90", "100"]
+    assert close(plain, drawing(snapshot, *nowhere).latents(where))
+    assert not close(plain, drawing(snapshot, "--guidance", "2", "--guide", "self").latents(where))
+    unlabelled = write_network(tmp_path / "u.safetensors", seed=1, label_dim=0)
+    assert not close(plain, drawing(snapshot, "--guidance", "2", "--guide", str(unlabelled)).latents(where))
+
+
+def run(*arguments):
+    return generate.main([str(a) for a in arguments])
+
+
+def test_grid_has_a_row_per_class(snapshot, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    assert run(snapshot, "--out", out, "--classes", "0,4", "--per-class", 3, "--steps", 2, "--batch", 4) == 0
+    picture = Image.open(out)
+    assert picture.mode == "L" and picture.size == (3 * 34 + 2, 2 * 34 + 2)  # 8 pixels enlarged to 32, gaps of 2
+    assert json.loads(picture.text["evenkeel"])["snapshot"] == "a.safetensors"
+    tile = np.asarray(picture)[36:68, 2:34][::4, ::4]
+    assert (
+        np.abs(tile.astype(int) - drawing(snapshot, "--steps", "2").images(torch.tensor([4]))[0, 0].numpy()).max() <= 1
+    )
+
+
+def test_folder_resumes_and_is_shared_between_ranks(snapshot, tmp_path, monkeypatch, capsys):
+    options = ["--steps", 2, "--per-class", 2]
+    assert run(snapshot, "--out", tmp_path / "one", *options) == 0
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in "210":
+        monkeypatch.setenv("RANK", rank)
+        assert run(snapshot, "--out", tmp_path / "three", *options, "--batch", 3) == 0
+    monkeypatch.undo()
+    names = sorted(p.name for p in (tmp_path / "one").glob("*.png"))
+    assert len(names) == 20 and names[3] == "00000003-3.png"
+    assert names == sorted(p.name for p in (tmp_path / "three").glob("*.png"))
+    for name in names:
+        one, three = (np.asarray(Image.open(tmp_path / d / name)).astype(int) for d in ("one", "three"))
+        assert np.abs(one - three).max() <= 1
+    (tmp_path / "one" / names[5]).unlink()
+    capsys.readouterr()
+    assert run(snapshot, "--out", tmp_path / "one", *options) == 0
+    assert "wrote 1 images" in capsys.readouterr().out
+    assert run(snapshot, "--out", tmp_path / "one", *options, "--seed", 1) == 2
+    assert "another network, seed or sampler" in capsys.readouterr().err
+
+
+def test_a_run_stands_for_its_newest_snapshot_of_the_nearest_length(tmp_path):
+    for clock, sigma_rel in ((64, 0.05), (64, 0.1), (128, 0.05), (128, 0.1)):
+        write_network(tmp_path, clock=clock, sigma_rel=sigma_rel)
+    assert generate.find(tmp_path).name == "ema-0000000128-0.100.safetensors"
+    assert generate.find(tmp_path, 0.06).name == "ema-0000000128-0.050.safetensors"
+    made = write_network(tmp_path / "posthoc" / "p.safetensors", clock=128, sigma_rel=0.13, kind="posthoc")
+    assert generate.find(tmp_path, 0.14) == made
+    write_network(tmp_path, clock=96, sigma_rel=0.05, life=2)  # the run went back: 128 belongs to an abandoned life
+    assert generate.find(tmp_path, 0.05).name == "ema-0000000096-0.050.safetensors"
+
+
+def test_networks_without_labels_draw_one_row(tmp_path):
+    path = write_network(tmp_path / "u.safetensors", label_dim=0)
+    assert run(path, "--out", tmp_path / "u.png", "--per-class", 3, "--steps", 2) == 0
+    assert Image.open(tmp_path / "u.png").size == (3 * 34 + 2, 36)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--classes", "10"], "no class of this network"),
+        (["--classes", "a"], "must be 'all' or numbers"),
+        (["--per-class", "0"], "at least 1"),
+        (["--guidance", "2"], "guidance needs"),
+        (["--guide", "x"], "guidance needs"),
+        (["--guidance", "2", "--guide", "nowhere"], "no such snapshot"),
+        (["--grid", "karras"], "known are"),
+        (["--solver", "rk45"], "known are"),
+        (["--steps", "0"], "at least one"),
+        (["--churn", "1", "--solver", "euler"], "stochastic"),
+        (["--batch", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(snapshot, tmp_path, capsys, arguments, expected):
+    assert run(snapshot, "--out", tmp_path / "x.png", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_bad_snapshots_are_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "p.safetensors").write_bytes(b"nothing")
+    for path in ("nowhere", "empty", "p.safetensors"):
+        assert run(tmp_path / path, "--out", tmp_path / "x.png") == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,287 @@
+"""Draw images from a snapshot or a reconstruction: a grid, or a folder of single images.
+
+What must not break: image i is a function of (network, seed, i, sampler) alone. Its noise is drawn by position, and position
+i = n label_dim + c is the n-th image of class c whatever classes, batches, ranks or order are asked for.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from data_pipeline import codecs, latents
+from data_pipeline.progress import Progress
+from models import sampler
+from trainer import draws
+from trainer.snapshots import abandoned, list_snapshots, load_denoiser, read_header
+from trainer.state import write_atomically
+
+DEFAULT_SIGMA_REL = 0.10  # the wider of the two lengths that EDM2 tracks: nearest to the optimum of unguided sampling
+SMALLEST_TILE_PIXELS = 32  # a digit of 8x8 is enlarged to be seen
+STREAM = "generate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How images are drawn; all of it decides what they look like."""
+
+    seed: int = 0
+    solver: str = "heun"
+    grid: str = "edm"
+    steps: int = 32
+    sigma_min: float = 0.002  # Karras et al. 2022, Table 1
+    sigma_max: float = 80.0
+    churn: float = 0.0
+    guidance: float = 1.0
+    interval: tuple[float, float] = (0.0, math.inf)
+
+
+class Drawing:
+    """A network, perhaps with a guide, ready to draw at any positions."""
+
+    def __init__(self, network, header: dict, settings: Settings, guide=None, device: str = "cpu", codec_weights=None):
+        self.network, self.guide, self.settings, self.device = network, guide, settings, device
+        self.data = SimpleNamespace(**header["data"])  # what decoding reads of a manifest
+        self.codec = codecs.open_codec(self.data.codec, codec_weights, device)
+        codecs.check_is(self.codec, self.data)
+        self.shape = (header["model"]["channels"], header["model"]["resolution"], header["model"]["resolution"])
+        self.label_dim = header["model"]["label_dim"]
+        self.sigmas = sampler.grid(
+            settings.grid, settings.steps, settings.sigma_min, settings.sigma_max, network.sigma_data
+        )
+        if settings.solver not in sampler.SOLVERS:
+            raise ValueError(f"solver {settings.solver!r}: known are {', '.join(sampler.SOLVERS)}")
+        if settings.churn and settings.solver != "heun":
+            raise ValueError(f"churn={settings.churn}: only heun has a stochastic form; use --solver heun")
+
+    @torch.no_grad()
+    def latents(self, positions: Tensor) -> Tensor:
+        """Return samples at training scale, fp32 [N, C, H, W]; of a network without labels position is all there is."""
+        s, where = self.settings, positions.to(self.device)
+        labels = where % self.label_dim if self.label_dim else None
+
+        def of(network, network_labels):
+            return lambda x, sigma: network(x, sigma, network_labels)
+
+        denoise = of(self.network, labels)
+        if s.guidance != 1:
+            # the same network stands for the unconditional one where it was trained with label dropout
+            guide = of(self.guide, labels) if self.guide is not None else of(self.network, None)
+            denoise = sampler.guidance(denoise, guide, s.guidance, s.interval)
+        x = draws.normal(s.seed, STREAM, where, self.shape) * self.sigmas[0].float().item()
+        if s.churn:
+            churn = {
+                "churn": s.churn,
+                "normal": lambda step: draws.normal(s.seed, f"{STREAM} churn {step}", where, self.shape),
+            }
+            return sampler.heun(denoise, x, self.sigmas, **churn)
+        return sampler.SOLVERS[s.solver](denoise, x, self.sigmas)
+
+    def images(self, positions: Tensor) -> Tensor:
+        """Return uint8 [N, 1 or 3, H, W]."""
+        return latents.decode(self.latents(positions), self.data, self.codec).cpu()
+
+    def batches(self, positions: Sequence[int], batch: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield (positions, latents) in batches, with progress."""
+        with Progress("drawing", len(positions), "images") as progress:
+            for start in range(0, len(positions), batch):
+                part = list(positions[start : start + batch])
+                yield part, self.latents(torch.tensor(part))
+                progress.advance(len(part))
+
+
+def positions_of(classes: Sequence[int], per_class: int, label_dim: int) -> list[int]:
+    """Return positions row by row: `per_class` images of each class; without labels there is one row."""
+    if not label_dim:
+        return list(range(per_class))
+    return [n * label_dim + c for c in classes for n in range(per_class)]
+
+
+def parse_classes(text: str, label_dim: int) -> list[int]:
+    """Read `all`, `3` or `0,1,2`."""
+    if text == "all" or not label_dim:
+        return list(range(max(label_dim, 1)))
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--classes {text}: must be 'all' or numbers such as 0,1,2") from None
+    bad = [c for c in classes if not 0 <= c < label_dim]
+    if bad:
+        raise ValueError(f"--classes {text}: {bad[0]} is no class of this network; they are 0..{label_dim - 1}")
+    return classes
+
+
+def find(path: Path, sigma_rel: float = DEFAULT_SIGMA_REL) -> Path:
+    """Return the file itself, or a run's newest snapshot or reconstruction whose length is nearest to `sigma_rel`."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such snapshot or run; RUN/snapshots/ holds a run's snapshots")
+    series = list_snapshots(path)
+    lost = abandoned(series)
+    found = [(s.clock, s.sigma_rel, s.path) for s in series if s not in lost]
+    newest = max((clock for clock, _, _ in found), default=0)
+    for made in sorted((path / "posthoc").glob("*.safetensors")):
+        header = read_header(made)
+        found.append((header["clock"], header["sigma_rel"], made))
+    found = [f for f in found if f[0] == newest] or found
+    if not found:
+        raise ValueError(f"{path}: has no snapshots yet; wait for the first one or name a snapshot file")
+    return min(found, key=lambda f: abs(math.log(f[1] / sigma_rel)))[2]
+
+
+def grid_image(images: Tensor, columns: int) -> Image.Image:
+    """Lay out uint8 [N, 1 or 3, H, W] row by row with a thin gap, small images enlarged."""
+    scale = max(1, SMALLEST_TILE_PIXELS // images.shape[-1])
+    tiles = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).numpy()
+    count, height, width, channels = tiles.shape
+    gap, rows = 2, -(-count // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 64, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = tile
+    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+
+
+def png_bytes(image: Image.Image, origin: dict | None = None) -> bytes:
+    """Encode; `origin` goes into the file as text, so that a picture tells what made it."""
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    if origin:
+        info.add_text("evenkeel", json.dumps(origin))
+    image.save(buffer, "png", pnginfo=info)
+    return buffer.getvalue()
+
+
+def write_folder(
+    drawing: Drawing, positions: Sequence[int], out: Path, batch: int, origin: dict, part: tuple[int, int]
+):
+    """Write one PNG per image into `out`, leaving out those that are there; `part` = (rank, world) shares them out.
+
+    Raises ValueError where the folder holds images of another origin.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "origin.json"
+    if record.exists() and json.loads(record.read_text()) != origin:
+        raise ValueError(f"{out}: holds images of another network, seed or sampler; choose another folder")
+    write_atomically(record, json.dumps(origin).encode())
+
+    def file(position: int) -> Path:
+        return out / (
+            f"{position:08d}-{position % drawing.label_dim}.png" if drawing.label_dim else f"{position:08d}.png"
+        )
+
+    # shared out before looking: ranks look at different times
+    missing = [p for p in positions[part[0] :: part[1]] if not file(p).exists()]
+    for where, x in drawing.batches(missing, batch):
+        pictures = latents.decode(x, drawing.data, drawing.codec).cpu().permute(0, 2, 3, 1).numpy()
+        for position, picture in zip(where, pictures, strict=True):
+            image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+            write_atomically(file(position), png_bytes(image))
+    return len(missing)
+
+
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """Add what decides how images are drawn; `evaluate` takes the same options."""
+    defaults = Settings()
+    parser.add_argument("--sigma-rel", type=float, default=DEFAULT_SIGMA_REL, help="of a RUN: the nearest is taken")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--solver", default=defaults.solver, help=", ".join(sampler.SOLVERS))
+    parser.add_argument("--grid", default=defaults.grid, help="edm, cosine, ays-..., fastddpm-...")
+    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--sigma-min", type=float, default=defaults.sigma_min)
+    parser.add_argument("--sigma-max", type=float, default=defaults.sigma_max)
+    parser.add_argument("--churn", type=float, default=defaults.churn, help="S_churn of EDM; 0: deterministic")
+    parser.add_argument("--guidance", type=float, default=defaults.guidance, help="weight; 1: none")
+    parser.add_argument("--guide", help="guiding snapshot or run, or 'self' (this network without labels)")
+    parser.add_argument("--guide-sigma-rel", type=float, default=DEFAULT_SIGMA_REL)
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas")
+    parser.add_argument("--batch", type=int, default=64, help="images at once; does not change them")
+    parser.add_argument("--codec-weights", type=Path, help="of the codec that the snapshot names, where it has some")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--activations", default="fp32", choices=("fp32", "bf16", "fp16"))
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Return the settings that the options ask for; raise ValueError where they contradict each other."""
+    if (options.guidance != 1) != (options.guide is not None):
+        raise ValueError(
+            f"--guidance {options.guidance:g} with --guide {options.guide}: guidance needs a weight other than 1 and a guide; "
+            f"add --guide SNAPSHOT, or --guide self where labels were dropped in training"
+        )
+    if options.batch < 1:
+        raise ValueError(f"--batch {options.batch}: must be at least 1")
+    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings) if f.name != "interval"}
+    return Settings(**shared, interval=tuple(options.guidance_interval or Settings.interval))
+
+
+def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) -> tuple[Drawing, dict]:
+    """Load what the options name; return it with the origin of its images."""
+    network, header = load_denoiser(path, options.activations, options.device)
+    guide, origin = None, {"snapshot": path.name, **_identity(header), **dataclasses.asdict(settings)}
+    if options.guide not in (None, "self"):
+        guide_path = find(Path(options.guide), options.guide_sigma_rel)
+        guide, guide_header = load_denoiser(guide_path, options.activations, options.device)
+        for key in ("channels", "resolution"):
+            if guide_header["model"][key] != header["model"][key]:
+                raise ValueError(
+                    f"--guide {guide_path}: its {key} differs from that of {path}; guide with a like network"
+                )
+        origin["guide"] = {"snapshot": guide_path.name, **_identity(guide_header)}
+    elif options.guide == "self":
+        origin["guide"] = "self"
+    origin["interval"] = [str(v) for v in settings.interval]  # JSON has no infinity
+    return Drawing(network, header, settings, guide, options.device, options.codec_weights), origin
+
+
+def _identity(header: dict) -> dict:
+    names = ("run", "clock", "sigma_rel", "kind")
+    return {n: header.get(n) for n in names} | {"checksum": header["checksums"][min(header["checksums"])]}
+
+
+def main(argv=None) -> int:
+    """Draw images from a snapshot: a PNG grid with a row per class, or (--out FOLDER) one file each."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=main.__doc__)
+    parser.add_argument("snapshot", type=Path, help="snapshot, reconstruction or run directory")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.png for a grid, else a folder")
+    parser.add_argument("--classes", default="all", help="all (default), or numbers such as 0,1,2")
+    parser.add_argument("--per-class", type=int, default=8)
+    add_drawing_options(parser)
+    options = parser.parse_args(argv)
+    try:
+        if options.per_class < 1:
+            raise ValueError(f"--per-class {options.per_class}: must be at least 1")
+        settings, path = settings_of(options), find(options.snapshot, options.sigma_rel)
+        drawing, origin = open_drawing(path, options, settings)
+        classes = parse_classes(options.classes, drawing.label_dim)
+        positions = positions_of(classes, options.per_class, drawing.label_dim)
+        part = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+        if options.out.suffix.lower() != ".png":
+            count = write_folder(drawing, positions, options.out, options.batch, origin, part)
+            print(f"wrote {count} images to {options.out} ({path.name})")
+        elif part[0] == 0:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            parts = [
+                latents.decode(x, drawing.data, drawing.codec).cpu()
+                for _, x in drawing.batches(positions, options.batch)
+            ]
+            write_atomically(options.out, png_bytes(grid_image(torch.cat(parts), options.per_class), origin))
+            print(f"wrote {options.out}: {len(classes)} rows of {options.per_class} from {path.name}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
