@@ -125,7 +125,6 @@ class Data:
     codec: str = "sd-vae-ft-mse"  # must equal the manifest's: a network trained on other latents is another network
     encode_from: str = ""  # source for data_pipeline.encode when `path` has no manifest yet
     window: int = at_least(16, 1)  # shards whose samples are mixed
-    nonfinite: str = one_of("stop", "stop")
 
 
 @dataclass

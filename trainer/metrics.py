@@ -9,10 +9,12 @@ import os
 import time
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
 
 from trainer.metrics_table import BY_NAME, TABLE
 from trainer.state import write_atomically
+
+disable_created_metrics()  # one more series per counter, that nobody asked for
 
 
 class Metrics:

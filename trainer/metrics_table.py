@@ -142,3 +142,22 @@ TABLE = (
 )
 
 BY_NAME = {metric.name: metric for metric in TABLE}
+
+
+def markdown() -> str:
+    """Return the text of docs/metrics.md; `python -m trainer.metrics_table > docs/metrics.md` writes it."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `trainer/metrics_table.py`. Prometheus and `metrics.jsonl` use the same names. Scope *rank*: every rank",
+        "serves its own value; *run*: rank 0 serves the reduced one. FLOPs are 2 per multiply-accumulate.",
+        "",
+        "| name | type | unit | labels | scope | meaning |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [f"| `{m.name}` | {m.type} | {m.unit} | {', '.join(m.labels)} | {m.scope} | {m.help} |" for m in TABLE]
+    return "\n".join(lines).replace("|RMS", "\\|RMS").replace("(1 - 1e-4)| over", "(1 - 1e-4)\\| over") + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,80 @@
+"""What is exported equals the table, on every rank, to Prometheus and to the log alike."""
+
+import json
+import re
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from trainer.config import ROOT
+from trainer.metrics import Metrics
+from trainer.metrics_table import TABLE, markdown
+
+
+def scrape(metrics: Metrics):
+    text = urllib.request.urlopen(f"http://{metrics.endpoint}/metrics", timeout=5).read().decode()
+    return {f.name: f for f in text_string_to_metric_families(text)}
+
+
+def fill(metrics: Metrics) -> None:
+    for i, m in enumerate(TABLE):
+        metrics.set(m.name, i + 0.5, **dict.fromkeys(m.labels, "x"))
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    both = [Metrics(tmp_path, rank, attempt=3, address="127.0.0.1", port=0) for rank in (0, 1)]
+    yield both
+    for m in both:
+        m.close()
+
+
+def test_the_endpoints_serve_exactly_the_table(ranks):
+    for rank, metrics in enumerate(ranks):
+        fill(metrics)
+        families = scrape(metrics)
+        expected = {m.name.removesuffix("_total"): m for m in TABLE if m.scope == "rank" or rank == 0}
+        assert families.keys() == expected.keys()
+        for name, m in expected.items():
+            samples = [s for s in families[name].samples if not s.name.endswith("_created")]
+            assert (families[name].type, families[name].documentation) == (m.type, m.help)
+            assert [set(s.labels) for s in samples] == [set(m.labels)] and samples[0].value == TABLE.index(m) + 0.5
+
+
+def test_the_log_has_the_same_names_and_each_line_its_attempt(ranks, tmp_path):
+    fill(ranks[0])
+    ranks[0].publish()
+    ranks[0].set("evenkeel_samples_read_total", 1000)
+    ranks[0].publish()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert set(lines[0]) == {"time", "attempt"} | {m.name for m in TABLE}
+    assert lines[0]["attempt"] == 3 and lines[1]["evenkeel_samples_read_total"] == 1000
+    assert scrape(ranks[0])["evenkeel_samples_read"].samples[0].value == 1000, "a counter's total is set, not added"
+    assert lines[0]["evenkeel_phase_seconds"] == {
+        "phase=x": [m.name for m in TABLE].index("evenkeel_phase_seconds") + 0.5
+    }
+
+
+def test_targets_are_announced_on_free_ports_and_withdrawn(tmp_path):
+    both = [Metrics(tmp_path, rank, attempt=1, address="127.0.0.1", port=0) for rank in (0, 1)]
+    files = sorted((tmp_path / "targets").glob("*.json"))
+    targets = [json.loads(f.read_text())[0] for f in files]
+    assert [t["labels"]["rank"] for t in targets] == ["0", "1"]
+    assert len({t["targets"][0] for t in targets}) == 2
+    assert all(t["targets"][0].startswith("127.0.0.1:") for t in targets), "loopback unless told otherwise"
+    for m in both:
+        m.close()
+    assert not list((tmp_path / "targets").iterdir())
+
+
+def test_names_follow_the_convention():
+    for m in TABLE:
+        assert (
+            re.fullmatch(r"evenkeel_[a-z_]+", m.name) and m.type in ("gauge", "counter") and m.scope in ("run", "rank")
+        )
+        assert m.name.endswith("_total") == (m.type == "counter") and m.help and m.unit
+
+
+def test_the_document_is_generated_from_the_table():
+    assert (ROOT / "docs/metrics.md").read_text() == markdown()
