@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.reader import Source
 from models.edm2 import magnitude_bucket
 from models.magnitude import normalized_parameters
 from trainer.config import Config
@@ -25,10 +26,10 @@ class Meter:
     """Collects what happens in each step and publishes it every `metrics.every_images`."""
 
     def __init__(
-        self, config: Config, engine: Engine, metrics: Metrics, clock: int, flops_per_image: int, num_samples: int
+        self, config: Config, engine: Engine, source: Source, metrics: Metrics, clock: int, flops_per_image: int
     ):
-        self.config, self.engine, self.metrics = config, engine, metrics
-        self.flops_per_image, self.num_samples = flops_per_image, num_samples
+        self.config, self.engine, self.source, self.metrics = config, engine, source, metrics
+        self.flops_per_image = flops_per_image
         self.elements = config.model.channels * config.model.resolution**2
         self.clock = self.published_clock = clock
         self.published_time = time.perf_counter()
@@ -104,7 +105,7 @@ class Meter:
         steps, put = images / self.config.global_batch, self.metrics.set
         rate = images / elapsed
         put("evenkeel_images_seen", self.clock)
-        put("evenkeel_epoch_ratio", self.clock / self.num_samples)
+        put("evenkeel_epoch_ratio", self.clock / self.source.manifest.num_samples)
         put("evenkeel_images_per_second", rate)
         put("evenkeel_eta_seconds", (self.config.duration_images - self.clock) / rate)
         put("evenkeel_flops_per_second", rate * self.flops_per_image)
@@ -117,6 +118,9 @@ class Meter:
         put("evenkeel_step_seconds", elapsed / steps)
         for name, seconds in self.phases.items():
             put("evenkeel_phase_seconds", seconds / steps, phase=name)
+        read = self.source.counters()
+        put("evenkeel_samples_read_total", read["samples"])
+        put("evenkeel_bytes_read_total", read["bytes"])
         put("evenkeel_memory_bytes", _peak_memory(self.engine.device))
         self._put_magnitudes("evenkeel_activation_magnitude", self.magnitudes)
         weights = {n.removesuffix(".weight"): p.detach() for n, p in normalized_parameters(self.engine.module).items()}

@@ -125,7 +125,14 @@ TABLE = (
     Metric(
         "evenkeel_bytes_read_total", "counter", "bytes", (), "rank", "Bytes of samples read by this rank in this start"
     ),
-    Metric("evenkeel_snapshots_written_total", "counter", "files", (), "run", "EMA snapshots written in this start"),
+    Metric(
+        "evenkeel_snapshots_written_total",
+        "counter",
+        "files",
+        (),
+        "run",
+        "EMA snapshots written in this start, as of the last one taken",
+    ),
     Metric("evenkeel_snapshot_stall_seconds", "gauge", "seconds", (), "run", "Time the last snapshot held up the loop"),
     Metric("evenkeel_checkpoint_clock_images", "gauge", "images", (), "run", "Clock of the newest checkpoint"),
     Metric(

@@ -56,7 +56,7 @@ class Run:
         self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port)
         self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
         per_image = flops.count(to_dict(config)["model"]).training_flops_per_image
-        self.meter = Meter(config, self.engine, self.metrics, self.clock, per_image, self.examples.manifest.num_samples)
+        self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, per_image)
         self.state.write(status="running", clock=self.clock)
 
     def _snapshot_header(self, commit: str) -> dict:
@@ -128,6 +128,7 @@ class Run:
             ]
             self.snapshots.submit(self.clock, sigma_rel, pieces, self.engine.buffers())
         self.metrics.set("evenkeel_snapshot_stall_seconds", time.perf_counter() - started)
+        self.metrics.set("evenkeel_snapshots_written_total", self.snapshots.written)
 
     def save(self) -> None:
         """Make the run's state durable; no checkpoint completes before every snapshot up to its clock is."""
