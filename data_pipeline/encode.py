@@ -9,10 +9,10 @@ beside it; the manifest comes last. So a killed job starts again at the first mi
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,12 +182,10 @@ def assemble(job: Job, folder: Path) -> manifest.Manifest | None:
         broken=tuple(line for record in records for line in record["broken"]),
     )
     manifest.save(made, folder)
-    for number in range(job.num_shards):
-        _record_path(folder, number).unlink(missing_ok=True)
+    # Another part may finish at the same moment; it has written the same manifest.
+    shutil.rmtree(folder / RECORDS, ignore_errors=True)
     for leftover in folder.glob(".*.tmp"):  # of jobs that were killed
         leftover.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # another part finished at the same moment and wrote the same manifest
-        (folder / RECORDS).rmdir()
     return made
 
 

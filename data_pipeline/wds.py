@@ -6,12 +6,9 @@ the end of an archive, silently. The walker here accepts an archive only to its 
 where it writes.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +17,6 @@ import numpy as np
 import xxhash
 
 from data_pipeline import index, manifest, npy
-from data_pipeline.manifest import Manifest
-from data_pipeline.measure import Statistics
 from data_pipeline.reader import LocalFolder, Source
 
 _BLOCK = 512
@@ -208,61 +203,19 @@ def write_shard(path: Path, samples) -> None:
 def open_source(path, seed: int, window: int, *, codec: str | None = None, **options) -> Source:
     """Open a dataset folder (tars or MDS) for training; see `reader.Source` for the options.
 
-    Tars that someone else wrote have no manifest: they are indexed now, once, by one process, as latents of `codec`.
+    Shards that someone else wrote have no manifest: they are indexed now, once, by one process, as latents of `codec`.
     """
-    if not manifest.manifest_path(path).exists() and any(Path(path).glob("*.tar")):
-        adopt(path, codec)
+    folder = Path(path)
+    if (
+        folder.is_dir()
+        and not (folder / manifest.NAME).exists()
+        and (any(folder.glob("*.tar")) or any(folder.glob("*.mds")))
+    ):
+        from data_pipeline.adopt import adopt
+
+        adopt(folder, codec)
     found = manifest.load(path)
     return Source(found, LocalFolder(manifest.manifest_path(path).parent), seed, window, **options)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path):
-    """Let one process of this machine in at a time; the lock goes with the process, also after SIGKILL."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def adopt(path, codec: str | None, progress=lambda text: print(text, file=sys.stderr)) -> Manifest:
-    """Index a folder of foreign tars and write its manifest."""
-    folder = Path(path)
-    if codec is None:
-        raise ValueError(f"{folder} has tars and no manifest; say which codec made them: data.codec, or --codec")
-    with _alone(folder):
-        if (folder / manifest.NAME).exists():  # another process was quicker
-            return manifest.load(folder)
-        tars = sorted(folder.glob("*.tar"))
-        if not tars:
-            raise ValueError(f"{folder} has no .tar files; give the folder that holds the shards")
-        shards, statistics, layout = [], Statistics(), None
-        for number, tar in enumerate(tars, 1):
-            rows, found = index_tar(tar)
-            layout = layout or found
-            if found != layout:
-                raise ValueError(
-                    f"{tar} holds {found}, {tars[0].name} holds {layout}; put them in folders of their own"
-                )
-            data = np.memmap(tar, dtype=np.uint8, mode="r")
-            of_shard = Statistics()
-            for row in rows:
-                start = int(row["offset"])
-                of_shard.add(layout.view(data[start : start + int(row["length"])]), int(row["label"]))
-            statistics.merge(of_shard)
-            digest = index.write(folder / manifest.index_name(tar.name), rows)
-            shards.append(manifest.Shard(tar.name, len(rows), tar.stat().st_size, hash_file(tar), digest))
-            progress(f"indexed {tar.name} ({number}/{len(tars)}): {len(rows)} samples")
-        made = statistics.manifest(
-            codec=codec, codec_hash="", layout=layout, shards=shards, container="webdataset", source=folder.name
-        )
-        manifest.save(made, folder)
-        return made
 
 
 def hash_file(path) -> str:

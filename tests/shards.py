@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_pipeline import wds
+from data_pipeline import adopt, wds
 
 SHAPE = (8, 4, 4)
 SHARDS = (13, 7, 10)
@@ -33,5 +33,5 @@ def make_tars(folder, **options):
 def make_dataset(folder, codec="sd-vae-ft-mse", **options):
     """Write shards, indices and manifest; return the samples in order."""
     samples = make_tars(folder, **options)
-    wds.adopt(folder, codec, progress=lambda text: None)
+    adopt.adopt(folder, codec, progress=lambda text: None)
     return samples

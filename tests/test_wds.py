@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import manifest, order, wds
+from data_pipeline import adopt, manifest, order, wds
 from tests.shards import SHAPE, SHARDS, make_dataset, make_samples, make_tars
 
 N = sum(SHARDS)
@@ -233,7 +233,7 @@ def test_bad_arrays_are_found_at_indexing(tmp_path, array, words):
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     with pytest.raises(ValueError) as error:
-        wds.adopt(tmp_path, "mine")
+        adopt.adopt(tmp_path, "mine")
     assert words in str(error.value) and "x.tar" in str(error.value) and "'1'" in str(error.value)
     assert "\n" not in str(error.value) and not (tmp_path / "manifest.json").exists()
 

@@ -1,0 +1,144 @@
+"""MDS laws: the library's files read as they are, ours are its own byte for byte, and no damage goes unseen.
+
+tests/data/mds was written by mosaicml-streaming 0.13.0's MDSWriter: 25 samples {"latent": ndarray:float16:8,4,4, "label": i % 5},
+standard normals of default_rng(0), size_limit 3000, hashes xxh3_64.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import adopt, manifest, mds, npy, verify, wds
+from tests.shards import make_samples
+
+LIBRARY = Path(__file__).parent / "data" / "mds"
+
+
+def library_samples():
+    rng = np.random.default_rng(0)
+    return [(rng.standard_normal((8, 4, 4)).astype(np.float16), i % 5) for i in range(25)]
+
+
+def test_the_librarys_files_read_as_they_are(tmp_path):
+    shutil.copytree(LIBRARY, tmp_path / "d")
+    with wds.open_source(tmp_path / "d", 4, 2, codec="sd-vae-ft-mse") as source:
+        m = source.manifest
+        assert (m.container, m.num_samples, m.shape, m.label_dim, len(m.shards)) == ("mds", 25, (8, 4, 4), 5, 3)
+        batch, ids = source.batch(np.arange(25)), source.sample_ids(np.arange(25))
+    samples = library_samples()
+    assert (batch.stored.numpy() == np.stack([samples[i][0] for i in ids])).all()
+    assert batch.labels.tolist() == [samples[i][1] for i in ids]
+    hashes = [s["raw_data"]["hashes"]["xxh3_64"] for s in json.loads((LIBRARY / "index.json").read_text())["shards"]]
+    assert [s.xxh3_64 for s in m.shards] == hashes
+    assert verify.main([str(tmp_path / "d")]) == 0
+
+
+def write_ours(folder, sizes=(6, 4), labelled=True):
+    layout = npy.Layout("float16", (8, 4, 4))
+    folder.mkdir(exist_ok=True)
+    shards, entries = make_samples(sizes), []
+    for number, samples in enumerate(shards):
+        path = folder / f"shard.{number:05d}.mds"
+        mds.write_shard(path, samples, layout, labelled)
+        entries.append(manifest.Shard(path.name, len(samples), path.stat().st_size, wds.hash_file(path), ""))
+    (folder / "index.json").write_bytes(mds.index_json(entries, layout, labelled))
+    return [sample for shard in shards for sample in shard]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_ours_open_with_the_stock_library(tmp_path, labelled):
+    streaming = pytest.importorskip("streaming", exc_type=Exception, reason="mosaicml-streaming does not import here")
+    samples = write_ours(tmp_path / "d", labelled=labelled)
+    found = streaming.StreamingDataset(local=str(tmp_path / "d"), batch_size=1, validate_hash="xxh3_64")
+    for i, (key, array, label) in enumerate(samples):
+        sample = found[i]
+        assert sample["key"] == key and (sample["sample"] == array).all() and sample.get("label", label) == label
+        assert ("label" in sample) == labelled
+    with streaming.MDSWriter(
+        out=str(tmp_path / "theirs"),
+        columns=mds.columns(npy.Layout("float16", (8, 4, 4)), labelled),
+        hashes=["xxh3_64"],
+        size_limit=None,
+    ) as writer:
+        for key, array, label in samples[:6]:
+            writer.write({"key": key, "sample": array} | ({"label": label} if labelled else {}))
+    ours, theirs = tmp_path / "d" / "shard.00000.mds", tmp_path / "theirs" / "shard.00000.mds"
+    assert ours.read_bytes() == theirs.read_bytes()
+    index = [json.loads((p.parent / "index.json").read_text())["shards"][0] for p in (ours, theirs)]
+    assert index[0] == index[1]
+
+
+def test_ours_read_back(tmp_path):
+    samples = write_ours(tmp_path / "d")
+    adopt.adopt(tmp_path / "d", "mine", progress=lambda text: None)
+    rows, layout = mds.index_mds(tmp_path / "d" / "shard.00000.mds")
+    assert [r["key"].decode() for r in rows] == [s[0] for s in samples[:6]] and layout.shape == (8, 4, 4)
+    with wds.open_source(tmp_path / "d", 0, 1) as source:
+        batch, ids = source.batch(np.arange(10)), source.sample_ids(np.arange(10))
+    assert (batch.stored.numpy() == np.stack([samples[i][1] for i in ids])).all()
+
+
+def test_dynamic_arrays_are_read():
+    """As the library writes `ndarray` and `ndarray:float16` columns: codes of dtype and shape before the values."""
+    values = np.arange(6, dtype=np.float16).tobytes()
+    head = bytes([(3 << 2) | 0, 1, 2, 3])
+    expected = npy.Layout("float16", (1, 2, 3))
+    assert mds.parse_array("ndarray", bytes([18]) + head + values) == (expected, 5)
+    assert mds.parse_array("ndarray:float16", head + values) == (expected, 4)
+    assert mds.parse_array("ndarray:float16:1,2,3", values) == (expected, 0)
+    for encoding, data in [
+        ("ndarray", b""),
+        ("ndarray", bytes([66]) + head + values),
+        ("ndarray:float16", head + values[:-1]),
+        ("ndarray:float16", bytes([2 << 2, 1, 2]) + values),
+        ("ndarray:float64:1,2,3", values),
+        ("ndarray:float16:2,3", values),
+        ("ndarray:float16:1,2,0", b""),
+    ]:
+        with pytest.raises(ValueError):
+            mds.parse_array(encoding, data)
+
+
+def test_no_truncation_goes_unseen(tmp_path):
+    data = (LIBRARY / "shard.00000.mds").read_bytes()
+    path = tmp_path / "x.mds"
+    for length in range(0, len(data), 7):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"x\.mds"):
+            mds.index_mds(path)
+
+
+def test_a_damaged_head_never_gives_other_arrays(tmp_path):
+    data = (LIBRARY / "shard.00000.mds").read_bytes()
+    path = tmp_path / "x.mds"
+    path.write_bytes(data)
+    good, _ = mds.index_mds(path)
+    for offset in range(int.from_bytes(data[4:8], "little")):
+        damaged = bytearray(data)
+        damaged[offset] ^= 0x20
+        path.write_bytes(damaged)
+        try:
+            rows, _ = mds.index_mds(path)
+        except ValueError as error:
+            assert "\n" not in str(error)
+        else:  # a flip in a column's name, which means nothing to the samples; the file's hash tells
+            assert (rows["offset"] == good["offset"]).all() and (rows["hash"] == good["hash"]).all()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[]", "no index"),
+        ("{", "no index"),
+        ('{"shards": []}', "names no shards"),
+        ('{"shards": [{"raw_data": {"basename": "../x.mds"}}]}', "other folders"),
+        ('{"shards": [{"raw_data": {"basename": "x.mds"}, "zip_data": {"basename": "x.mds.zstd"}}]}', "compressed"),
+    ],
+)
+def test_bad_indices_are_one_line(tmp_path, content, words):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        adopt.adopt(tmp_path, "mine")
