@@ -131,7 +131,7 @@ TABLE = (
         "files",
         (),
         "run",
-        "EMA snapshots written in this start, as of the last one taken",
+        "EMA snapshots written in this start",
     ),
     Metric("evenkeel_snapshot_stall_seconds", "gauge", "seconds", (), "run", "Time the last snapshot held up the loop"),
     Metric("evenkeel_checkpoint_clock_images", "gauge", "images", (), "run", "Clock of the newest checkpoint"),
