@@ -1,0 +1,268 @@
+"""Command: the same samples in another container, verified on the way.
+
+    python -m data_pipeline.convert edm2-imagenet-512.zip data/img512 --format webdataset
+    python -m data_pipeline.convert data/img512 data/img512-mds --format mds
+    python -m data_pipeline.convert data/img512 img512.zip --format edm2-zip
+
+Shard boundaries are kept, so that both containers give the same order and the same stream. Every sample is checked against its hash
+when it is read; what was written is read back before it gets its name. Lossless: an EDM2 zip holds float32 (fp16 fits exactly), PNG
+for pixels; `--dtype float16` rounds, and says so by its name.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_pipeline import adopt, index, manifest, mds, npy, sources, wds
+from data_pipeline.manifest import Manifest, Shard
+from data_pipeline.measure import Statistics
+from data_pipeline.npy import Layout
+from data_pipeline.progress import Progress
+
+FORMATS = ("webdataset", "mds", "edm2-zip")
+
+
+@dataclass
+class Input:
+    """Samples to convert: shard sizes, a way to read a shard's (key, array, label), and what is known of them."""
+
+    name: str
+    sizes: list[int]
+    read: Callable[[int], Iterator[tuple[str, np.ndarray, int]]]
+    codec: str
+    known: Manifest | None = None  # of a dataset of ours: codec, whitening and classes carry over
+
+
+def open_shards(folder: Path, codec: str | None) -> Input:
+    """Read a folder of shards: through its manifest, or else walked without touching the folder."""
+    if (folder / manifest.NAME).exists():
+        m = manifest.load(folder)
+        files, container = [folder / shard.name for shard in m.shards], m.container
+
+        def rows_of(number: int) -> tuple[np.ndarray, Layout]:
+            shard = m.shards[number]
+            rows = index.read(folder / shard.index_name, shard.index_sha256, shard.samples, m.sample_bytes, shard.bytes)
+            if files[number].stat().st_size != shard.bytes:
+                raise ValueError(f"{files[number]} does not have {shard.bytes} bytes as in the manifest; restore it")
+            return rows, Layout(m.dtype, m.shape)
+
+        sizes = [shard.samples for shard in m.shards]
+    else:
+        if codec is None:
+            raise ValueError(f"{folder} has no manifest; say which codec made it with --codec")
+        m = None
+        container, files = adopt.find_shards(folder)
+        walked = [wds.index_shard(file, container) for file in files]
+        rows_of, sizes = walked.__getitem__, [len(rows) for rows, _ in walked]
+
+    def read(number: int):
+        rows, layout = rows_of(number)
+        data = np.memmap(files[number], dtype=np.uint8, mode="r")
+        for row in rows:
+            payload = data[int(row["offset"]) : int(row["offset"] + row["length"])]
+            key = row["key"].decode(errors="surrogateescape")
+            if xxhash.xxh3_64_intdigest(payload) != int(row["hash"]):
+                raise ValueError(
+                    f"{files[number]}: sample {key!r} at offset {int(row['offset'])} fails its checksum; restore the shard"
+                )
+            yield key, layout.view(payload), int(row["label"])
+
+    return Input(folder.name, sizes, read, m.codec if m else codec, m)
+
+
+def open_zip(path: Path, codec: str | None, samples_per_shard: int) -> Input:
+    """Read an EDM2 zip: .npy arrays or PNG images, labels in dataset.json; zipfile checks each member's CRC."""
+    try:
+        archive = zipfile.ZipFile(path)
+        names = sorted(n for n in archive.namelist() if n.endswith((".npy", *sources.SUFFIXES)))
+        labels = {}
+        if "dataset.json" in archive.namelist():
+            labels = sources.parse_label_json(json.loads(archive.read("dataset.json")))
+    except (zipfile.BadZipFile, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no readable zip: {error}; restore it") from None
+    if not names:
+        raise ValueError(f"{path} has no .npy and no images; is it an EDM2 dataset?")
+    arrays = names[0].endswith(".npy")
+    numbers = sources.look_up(names, labels, path.name) if labels else [index.NO_LABEL] * len(names)
+
+    def read(shard: int):
+        for i in range(shard * samples_per_shard, min((shard + 1) * samples_per_shard, len(names))):
+            try:
+                info = archive.getinfo(names[i])
+                if info.file_size > manifest.MAX_SAMPLE_BYTES:
+                    raise ValueError(f"{info.file_size} bytes are too many")
+                content = archive.read(info)
+                if arrays:
+                    layout, start = npy.parse_header(content)
+                    npy.check_values(np.frombuffer(content, np.uint8)[start:], layout)
+                    array = layout.view(content[start:])
+                else:
+                    array = sources.decode_image(content).transpose(2, 0, 1)
+            except (ValueError, zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+                raise ValueError(f"{path}: {names[i]}: {error}; restore the zip") from None
+            yield f"{i:08d}", array, numbers[i]
+
+    sizes = [min(samples_per_shard, len(names) - k) for k in range(0, len(names), samples_per_shard)]
+    return Input(path.name, sizes, read, codec or ("sd-vae-ft-mse" if arrays else "pixels"))
+
+
+def _read_alike(
+    source: Input, number: int, dtype: str | None, first: tuple | None
+) -> list[tuple[str, np.ndarray, int]]:
+    """Read a shard's samples; refuse those that differ from the first sample in layout or in having a label."""
+    samples = [(key, array.astype(dtype or array.dtype), label) for key, array, label in source.read(number)]
+    for key, array, label in samples:
+        found = (Layout(str(array.dtype), array.shape), label != index.NO_LABEL)
+        first = first or found
+        if found != first:
+            words = [f"{layout} {'with' if labelled else 'without'} label" for layout, labelled in (found, first)]
+            raise ValueError(f"{source.name}: sample {key} is {words[0]}, the first is {words[1]}; they must be alike")
+    return samples
+
+
+def _write_shard(folder: Path, name: str, container: str, samples, layout: Layout, labelled: bool) -> Shard:
+    """Write one shard and its index, and read it back before it gets its name."""
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        if container == "webdataset":
+            wds.write_shard(temporary, samples)
+        else:
+            mds.write_shard(temporary, samples, layout, labelled)
+        rows, _ = wds.index_shard(temporary, container)
+        if rows["hash"].tolist() != [xxhash.xxh3_64_intdigest(np.ascontiguousarray(array)) for _, array, _ in samples]:
+            raise ValueError(f"{folder / name} does not read back as written; is the disk well?")
+        sha256 = index.write(folder / manifest.index_name(name), rows)
+        shard = Shard(name, len(rows), temporary.stat().st_size, wds.hash_file(temporary), sha256)
+        os.replace(temporary, folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return shard
+
+
+def write_folder(source: Input, folder: Path, container: str, dtype: str | None) -> Manifest:
+    """Write shards, indices and, last, the manifest."""
+    if (folder / manifest.NAME).exists():
+        raise ValueError(f"{folder} holds a dataset already; delete it or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    statistics, shards, first = Statistics(), [], None
+    with Progress("convert", sum(source.sizes), "samples") as progress:
+        for number in range(len(source.sizes)):
+            samples = _read_alike(source, number, dtype, first)
+            _, array, label = samples[0]
+            first = first or (Layout(str(array.dtype), array.shape), label != index.NO_LABEL)
+            name = f"shard-{number:06d}.tar" if container == "webdataset" else f"shard.{number:05d}.mds"
+            shards.append(_write_shard(folder, name, container, samples, *first))
+            of_shard = Statistics()
+            for _, array, label in samples:
+                of_shard.add(array, label)
+            statistics.merge(of_shard)
+            progress.advance(len(samples))
+    layout, labelled = first
+    if container == "mds":
+        manifest.write_atomically(folder / "index.json", mds.index_json(shards, layout, labelled))
+    common = {"layout": layout, "shards": shards, "container": container, "source": source.name}
+    made = statistics.manifest(codec=source.codec, codec_hash="", **common)
+    if m := source.known:
+        carried = {
+            "codec_hash": m.codec_hash,
+            "moments": m.moments,
+            "label_dim": m.label_dim,
+            "class_counts": m.class_counts,
+        }
+        made = replace(made, **carried, mean=m.mean, std=m.std, whitening=m.whitening, broken=m.broken)
+    manifest.save(made, folder)
+    return made
+
+
+def _png(array: np.ndarray) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    pixels = array.transpose(1, 2, 0)
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels).save(file, "png", compress_level=1)
+    return file.getvalue()
+
+
+def write_zip(source: Input, path: Path) -> int:
+    """Write EDM2's layout: stored (not deflated) members, dataset.json; return the number of samples."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    labels, hashes = [], {}
+    try:
+        with (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            Progress("convert", sum(source.sizes), "samples") as progress,
+        ):
+            for shard in range(len(source.sizes)):
+                for _, array, label in source.read(shard):
+                    i = len(hashes)
+                    if array.dtype == np.uint8:
+                        name, content = f"{i // 1000:05d}/img{i:08d}.png", _png(array)
+                    else:
+                        name = f"{i // 1000:05d}/img-mean-std-{i:08d}.npy"
+                        content = npy.to_bytes(array.astype(np.float32))
+                    # A fixed time: the same samples make the same bytes.
+                    archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
+                    hashes[name] = xxhash.xxh3_64_intdigest(content)
+                    labels.append([name, label])
+                    progress.advance()
+            labelled = all(label != index.NO_LABEL for _, label in labels)
+            content = json.dumps({"labels": labels if labelled else None})
+            archive.writestr(zipfile.ZipInfo("dataset.json", (1980, 1, 1, 0, 0, 0)), content)
+        with zipfile.ZipFile(temporary) as archive:
+            for name, digest in hashes.items():
+                if xxhash.xxh3_64_intdigest(archive.read(name)) != digest:
+                    raise ValueError(f"{path}: {name} does not read back as written; is the disk well?")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(hashes)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_pipeline.convert", description="Convert between containers.")
+    parser.add_argument("source", type=Path, help="a folder of shards, or an EDM2 zip")
+    parser.add_argument("target", type=Path, help="a folder, or a .zip")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--codec", help="what made the samples, where the source has no manifest")
+    parser.add_argument("--dtype", choices=("float16", "float32"), help="store latents in this; float16 rounds")
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=1024, help="when reading a zip; shards keep their sizes"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.samples_per_shard < 1:
+            raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
+        if args.source.is_file():
+            source = open_zip(args.source, args.codec, args.samples_per_shard)
+        elif args.source.is_dir():
+            source = open_shards(args.source, args.codec)
+        else:
+            raise ValueError(f"{args.source} not found; give a folder of shards or an EDM2 zip")
+        if args.format == "edm2-zip":
+            if args.dtype == "float16":
+                raise ValueError("--dtype float16 does not go with edm2-zip, which holds float32; leave it out")
+            print(f"{args.target}: {write_zip(source, args.target)} samples")
+        else:
+            made = write_folder(source, args.target, args.format, args.dtype)
+            print(
+                f"{args.target}: {made.num_samples} samples {made.dtype} {list(made.shape)} in {len(made.shards)} shards"
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
