@@ -1,0 +1,128 @@
+"""A checkpoint is complete or absent, exact, and the same state for any number of ranks and any ZeRO stage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gloo import on_ranks
+from tests.test_engine import BATCH, build, config_of, losses_of, rate
+from tests.test_resume import state_of
+
+
+def train_and_save(run: str, stage: int, clocks: list[int], fill_disk: bool = False) -> list[str]:
+    """On each rank: two steps, then a checkpoint at each of `clocks`; return what went wrong."""
+    from trainer import checkpoint
+    from trainer.engine import Engine, start_process_group
+
+    rank, world = start_process_group()
+    engine = Engine(config_of(engine__zero_stage=stage, micro_batch=BATCH // world), build(config_of()))
+    for step in range(2):
+        part = BATCH // world
+        engine.backward(losses_of(engine.denoiser, step, slice(rank * part, (rank + 1) * part)))
+        engine.step(rate(step), (step + 1) * BATCH)
+    problems = []
+    if fill_disk and rank == 1:
+        checkpoint.save_file = no_space
+    for clock in clocks:
+        try:
+            checkpoint.save(Path(run), engine, clock, life=1, extras={"version": 1}, keep_last=2)
+        except OSError as error:
+            problems.append(str(error))
+    return problems
+
+
+def no_space(tensors, path):
+    """What a full disk does: some bytes get there, then ENOSPC."""
+    Path(path).write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def load_and_save(source: str, target: str, stage: int) -> tuple[int, bool]:
+    """On each rank: restore into a network of other weights, save again elsewhere; return (clock, copies equal masters)."""
+    import shutil
+
+    from trainer import checkpoint
+    from trainer.engine import Engine, start_process_group
+
+    rank, world = start_process_group()
+    engine = Engine(config_of(engine__zero_stage=stage, micro_batch=BATCH // world, seed=99), build(config_of(seed=99)))
+    if rank == 0:
+        shutil.copytree(source, target)
+    torch.distributed.barrier()
+    clock, _ = checkpoint.restore(Path(target), engine, print)
+    parameters = dict(engine.module.named_parameters())
+    same = all(
+        torch.equal(parameters[f.name].detach().flatten()[f.start : f.start + len(f.master)], f.master)
+        for f in engine.fragments
+    )
+    checkpoint.save(Path(target), engine, clock + BATCH, life=2, extras={}, keep_last=9)
+    return clock, same
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("saved")
+    assert on_ranks(2, train_and_save, str(run), 1, [12, 24, 36]) == [[], []]
+    return run
+
+
+def test_only_the_last_are_kept_and_verify(saved):
+    from trainer import checkpoint
+
+    kept = checkpoint.list_checkpoints(saved)
+    assert [p.name for p in kept] == ["0000000024", "0000000036"]
+    assert [checkpoint.verify(p) for p in kept] == [[], []]
+    assert not list((saved / "checkpoints").glob(".*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("world, stage", [(1, 0), (1, 1), (2, 2), (3, 1)])
+def test_state_survives_any_ranks_and_stage_bit_for_bit(saved, tmp_path, world, stage):
+    results = on_ranks(world, load_and_save, str(saved), str(tmp_path / "run"), stage)
+    assert results == [(36, True)] * world
+    before, after = state_of(saved, 36), state_of(tmp_path / "run", 48)
+    assert before.keys() == after.keys() and len(before) > 200
+    assert [k for k in before if not torch.equal(before[k], after[k])] == []
+    kinds = {k.split("/")[0] for k in before}
+    assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema_0.050", "ema_0.100", "buffer"}
+
+
+def test_a_full_disk_on_one_rank_is_told_to_all_and_older_checkpoints_stay(tmp_path):
+    from trainer import checkpoint
+
+    problems = on_ranks(2, train_and_save, str(tmp_path), 1, [12], True)
+    assert all("rank 1: [Errno 28]" in p[0] and "intact" in p[0] for p in problems)
+    assert checkpoint.list_checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda p: (p / "rank00001.safetensors").unlink(), "missing"),
+        (lambda p: (p / "rank00000.safetensors").write_bytes(b""), "bytes long"),
+        (lambda p: flip(p / "rank00000.safetensors"), "differs from its checksum"),
+        (lambda p: (p / "manifest.json").write_text("{"), "not readable"),
+        (lambda p: newer(p / "manifest.json"), "newer than this program"),
+    ],
+)
+def test_damage_is_found(saved, tmp_path, damage, said):
+    import shutil
+
+    from trainer import checkpoint
+
+    copy = tmp_path / "0000000036"
+    shutil.copytree(saved / "checkpoints/0000000036", copy)
+    assert checkpoint.verify(copy) == []
+    damage(copy)
+    assert said in checkpoint.verify(copy)[0]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+def newer(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
