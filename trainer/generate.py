@@ -88,9 +88,9 @@ class Drawing:
             return sampler.heun(denoise, x, self.sigmas, **churn)
         return sampler.SOLVERS[s.solver](denoise, x, self.sigmas)
 
-    def images(self, positions: Tensor) -> Tensor:
-        """Return uint8 [N, 1 or 3, H, W]."""
-        return latents.decode(self.latents(positions), self.data, self.codec).cpu()
+    def decode(self, x: Tensor) -> Tensor:
+        """Turn samples at training scale into pictures on the CPU, uint8 [N, 1 or 3, H, W]."""
+        return latents.decode(x, self.data, self.codec).cpu()
 
     def batches(self, positions: Sequence[int], batch: int) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (positions, latents) in batches, with progress."""
@@ -184,7 +184,7 @@ def write_folder(
     # shared out before looking: ranks look at different times
     missing = [p for p in positions[part[0] :: part[1]] if not file(p).exists()]
     for where, x in drawing.batches(missing, batch):
-        pictures = latents.decode(x, drawing.data, drawing.codec).cpu().permute(0, 2, 3, 1).numpy()
+        pictures = drawing.decode(x).permute(0, 2, 3, 1).numpy()
         for position, picture in zip(where, pictures, strict=True):
             image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
             write_atomically(file(position), png_bytes(image))
@@ -271,10 +271,7 @@ def main(argv=None) -> int:
             print(f"wrote {count} images to {options.out} ({path.name})")
         elif part[0] == 0:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            parts = [
-                latents.decode(x, drawing.data, drawing.codec).cpu()
-                for _, x in drawing.batches(positions, options.batch)
-            ]
+            parts = [drawing.decode(x) for _, x in drawing.batches(positions, options.batch)]
             write_atomically(options.out, png_bytes(grid_image(torch.cat(parts), options.per_class), origin))
             print(f"wrote {options.out}: {len(classes)} rows of {options.per_class} from {path.name}")
     except (ValueError, OSError) as error:
