@@ -50,6 +50,13 @@ class RunState:
             write_atomically(self.path, json.dumps(self.values, indent=1).encode())
 
 
+def fail(run: str | os.PathLike, error: Exception) -> None:
+    """Record why this start of the run ended; any rank may, the last one is kept."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    values = read(run) | {"status": "failed", "last_error": text, "time": time.time()}
+    write_atomically(Path(run) / "state.json", json.dumps(values, indent=1).encode())
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, fsync, rename, fsync the folder: a reader sees the old or the new file, whole, on NFS and Lustre too."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -9,149 +9,23 @@ import sys
 if __name__ == "__main__":
     if not __package__:
         sys.exit("error: run it as a module from the checkout: python -m trainer.train CONFIG.yaml")
-    from trainer.stop import Stop
+    from trainer.stop import Stop  # itself free of torch
 
     STOP = Stop().listen()  # before the slow imports below: a signal during start-up is kept, not lost
 
 import argparse
 import os
-import time
 import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from trainer import checkpoint, flops, provenance
-from trainer.config import Config, digest, dump, load, to_dict
-from trainer.engine import Engine, build_denoiser, start_process_group
-from trainer.examples import Examples, micro_batches
-from trainer.loss import denoising_loss
+from trainer import state
+from trainer.config import dump, load
+from trainer.examples import micro_batches
 from trainer.lr import learning_rate
-from trainer.meter import Meter
-from trainer.metrics import Metrics
-from trainer.snapshot_writer import SnapshotWriter
-from trainer.state import RunState, write_atomically
-
-
-class Run:
-    """Everything a run is made of, built and restored in order."""
-
-    def __init__(self, config: Config, folder: Path, stop):
-        self.config, self.folder, self.stop = config, folder, stop
-        self.rank, self.world = start_process_group()
-        self.state = RunState(folder, self.rank, config.duration_images)
-        self.state.write()
-        self.say(f"attempt {self.state.attempt} of {folder} on {self.world} ranks")
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.examples = Examples(config, device)
-        self.engine = Engine(config, build_denoiser(config))
-        self.clock, self.extras = checkpoint.restore(folder, self.engine, self.say)
-        self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
-        snapshot_group = dist.new_group(backend="gloo") if self.world > 1 else None
-        stop.vote_in(dist.new_group(backend="gloo") if self.world > 1 else None)
-        commit = provenance.commit()
-        self.snapshots = SnapshotWriter(folder, self._snapshot_header(commit), self.rank, self.world, snapshot_group)
-        m = config.metrics
-        self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port)
-        self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
-        per_image = flops.count(to_dict(config)["model"]).training_flops_per_image
-        self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, per_image)
-        self.state.write(status="running", clock=self.clock)
-
-    def _snapshot_header(self, commit: str) -> dict:
-        manifest, config = self.examples.manifest, self.config
-        data = {
-            "codec": manifest.codec,
-            "codec_hash": manifest.codec_hash,
-            "moments": manifest.moments,
-            "mean": list(manifest.mean),
-            "std": list(manifest.std),
-            "shape": list(manifest.shape),
-            "label_dim": manifest.label_dim,
-            "digest": manifest.digest,
-        }
-        return {
-            "kind": "ema",
-            "model": to_dict(config)["model"],
-            "data": data,
-            "update_interval_images": config.global_batch,
-            "run": self.folder.name,
-            "life": self.state.attempt,
-            "commit": commit,
-            "config_hash": digest(config),
-            "parent": "",
-            "dtype": config.snapshots.dtype,
-        }
-
-    def say(self, line: str) -> None:
-        """Print a line to the log, from rank 0."""
-        if self.rank == 0:
-            print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
-
-    def due(self, every_images: int) -> bool:
-        """Say whether the last step brought the clock to or past a multiple of `every_images`, or to the end."""
-        before = self.clock - self.config.global_batch
-        return every_images > 0 and (self.clock // every_images > before // every_images or self.ended())
-
-    def ended(self) -> bool:
-        return self.clock >= self.config.duration_images
-
-    def forward_backward(self, positions) -> None:
-        """Accumulate the gradient of one micro-batch."""
-        with self.meter.phase("data"):
-            e = self.examples.at(positions)
-        with self.meter.phase("forward"):
-            losses, parts = denoising_loss(
-                self.engine.denoiser,
-                e.latents,
-                e.labels,
-                e.sigma,
-                e.noise,
-                sigma_data=self.config.model.sigma_data,
-                uncertainty=self.config.loss.uncertainty,
-                label_dropout=self.config.loss.label_dropout,
-                label_uniform=e.label_uniform,
-                dropout_mask=self.examples.dropout_mask(e.positions),
-                collect=self.meter.wants_magnitudes(),
-            )
-        with self.meter.phase("backward"):
-            self.engine.backward(losses.sum())
-        self.meter.losses(e.positions, losses, parts)
-
-    def take_snapshots(self) -> None:
-        """Hand copies of the averages to the snapshot service."""
-        started = time.perf_counter()
-        for sigma_rel, average in zip(self.engine.ema.sigma_rel, self.engine.ema.averages, strict=True):
-            pieces = [
-                (f.name, f.shape, f.start, t.cpu().clone()) for f, t in zip(self.engine.fragments, average, strict=True)
-            ]
-            self.snapshots.submit(self.clock, sigma_rel, pieces, self.engine.buffers())
-        self.metrics.set("evenkeel_snapshot_stall_seconds", time.perf_counter() - started)
-        self.metrics.set("evenkeel_snapshots_written_total", self.snapshots.written)
-
-    def save(self) -> None:
-        """Make the run's state durable; no checkpoint completes before every snapshot up to its clock is."""
-        started = time.perf_counter()
-        self.snapshots.wait()
-        path = checkpoint.save(
-            self.folder, self.engine, self.clock, self.state.attempt, self.extras, self.config.checkpoints.keep_last
-        )
-        self.state.write(last_checkpoint=self.clock, clock=self.clock)
-        self.metrics.set("evenkeel_checkpoint_clock_images", self.clock)
-        self.metrics.set("evenkeel_checkpoint_stall_seconds", time.perf_counter() - started)
-        self.say(f"saved {path.relative_to(self.folder)}")
-
-    def end(self, status: int) -> None:
-        """Save, tell, and leave together: no rank goes before all are done saving."""
-        if self.state.values["last_checkpoint"] != self.clock:
-            self.save()
-        self.snapshots.close()
-        self.stop.finish()
-        self.state.write(status="finished" if self.ended() else "stopped", clock=self.clock)
-        self.say("finished" if self.ended() else f"stopped at {self.clock} images, exit status {status}")
-        self.metrics.close()
-        self.engine.close()
+from trainer.run import Run
+from trainer.stop import Stop
 
 
 def train(run: Run) -> int:
@@ -177,7 +51,7 @@ def train(run: Run) -> int:
     return status
 
 
-def main(argv: list[str] | None = None, stop=None) -> int:
+def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
     """Parse the command line, train, and turn what happens into the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="a YAML file of configs/, or a run directory's config.yaml")
@@ -190,16 +64,21 @@ def main(argv: list[str] | None = None, stop=None) -> int:
         folder = path.parent if path.name == "config.yaml" else Path(config.run)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").exists() and os.environ.get("RANK", "0") == "0":
-            write_atomically(folder / "config.yaml", dump(config).encode())
-        run = Run(config, folder.resolve(), stop)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+            state.write_atomically(folder / "config.yaml", dump(config).encode())
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        run = Run(config, folder.resolve(), stop or Stop())
+    except (ValueError, FileNotFoundError, PermissionError) as error:  # data or a checkpoint that do not fit the config
+        print(f"error: {error}", file=sys.stderr)
+        state.fail(folder, error)
         return 2
     try:
         return train(run)
     except Exception as error:
         traceback.print_exc()
-        run.state.write(status="failed", clock=run.clock, last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+        state.fail(folder, error)
         return 1
 
 
