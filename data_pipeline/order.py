@@ -85,3 +85,16 @@ def sample_at(seed: int, positions, shard_sizes, window: int) -> np.ndarray:
             chosen = in_epoch & (numbers == number)
             ids[chosen] = _window_ids(packed, seed, epoch, window, number)[offsets[chosen] - window_starts[number]]
     return ids
+
+
+def shards_ahead(seed: int, position: int, shard_sizes, window: int) -> list[int]:
+    """Return the shards of the window at a position and of the window after it: what a remote source fetches ahead."""
+    sizes = np.ascontiguousarray(shard_sizes, dtype=np.int64)
+    window = min(int(window), len(sizes))
+    epoch, offset = divmod(int(position), int(sizes.sum()))
+    shards, starts, _ = _shard_order(sizes.tobytes(), seed, epoch)
+    number = int(np.searchsorted(starts[:-1][::window], offset, side="right")) - 1
+    found = shards[number * window : (number + 2) * window].tolist()
+    if (number + 1) * window >= len(shards):  # the next window is the next epoch's first
+        found += _shard_order(sizes.tobytes(), seed, epoch + 1)[0][:window].tolist()
+    return list(dict.fromkeys(found))

@@ -39,8 +39,11 @@ class LocalFolder:
         """Return the local path of a file of the dataset; `refetch` asks for a fresh copy, which only a cache has."""
         return self.folder / name
 
+    def ahead(self, names: list[str]):
+        """Hint that files will be wanted soon: they are here."""
+
     def close(self):
-        pass
+        """Let go of nothing."""
 
 
 class _OpenShard:
@@ -195,6 +198,8 @@ class Source:
         rows = stored.numpy().reshape(len(positions), -1).view(np.uint8)
         labels = np.empty(len(positions), dtype=np.int64)
         ids = self.sample_ids(positions).tolist()
+        if len(positions):
+            self.files.ahead(self._names_ahead(int(positions.max())))
         if self._copiers is None:
             self._copy(ids, rows, labels)
         else:
@@ -203,6 +208,13 @@ class Source:
             for done in [self._copiers.submit(self._copy, ids[part], rows[part], labels[part]) for part in parts]:
                 done.result()
         return LatentBatch(torch.from_numpy(positions.copy()), stored, torch.from_numpy(labels))
+
+    def _names_ahead(self, position: int) -> list[str]:
+        if isinstance(self.files, LocalFolder):
+            return []
+        shards = order.shards_ahead(self.seed, position, self._sizes, self.window)
+        entries = [self.manifest.shards[shard] for shard in shards]
+        return [name for entry in entries for name in (entry.index_name, entry.name)]
 
     def _copy(self, ids: list[int], rows: np.ndarray, labels: np.ndarray):
         digest, checked = xxhash.xxh3_64_intdigest, self.checked
@@ -273,19 +285,24 @@ class Source:
         """Open a shard, or find it open; the least recently opened ones are closed past a bound."""
         with self._opening:
             opened = self._open.get(shard)
-            if opened is None:
-                entry = self.manifest.shards[shard]
-                opened = _OpenShard(
-                    self.files.locate(entry.name, refetch),
-                    self.files.locate(entry.index_name),
-                    entry,
-                    self.manifest.sample_bytes,
-                    self.use_mmap,
-                )
-                self._open[shard] = opened
-                while len(self._open) > self._max_open:
-                    self._open.popitem(last=False)
+            for attempt in range(3):
+                if opened is not None:
+                    break
+                try:
+                    opened = self._open_now(shard, refetch and attempt == 0)
+                except FileNotFoundError:  # evicted by another rank between being located and being opened?
+                    if attempt == 2:
+                        raise
+            self._open[shard] = opened
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
             return opened
+
+    def _open_now(self, shard: int, refetch: bool) -> _OpenShard:
+        entry = self.manifest.shards[shard]
+        path = self.files.locate(entry.name, refetch)
+        index_path = self.files.locate(entry.index_name)
+        return _OpenShard(path, index_path, entry, self.manifest.sample_bytes, self.use_mmap)
 
     def _quarantine(self, shard: int, sample: int, error: Exception):
         """Note bad data; raise when the policy or its limit says stop."""

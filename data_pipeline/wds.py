@@ -200,11 +200,16 @@ def write_shard(path: Path, samples) -> None:
 # Reading
 
 
-def open_source(path, seed: int, window: int, *, codec: str | None = None, **options) -> Source:
-    """Open a dataset folder (tars or MDS) for training; see `reader.Source` for the options.
+def open_source(
+    path, seed: int, window: int, *, codec: str | None = None, cache: dict | None = None, **options
+) -> Source:
+    """Open a dataset (tars or MDS; a folder, or a URL of http, s3, gs, ...) for training; see `reader.Source` for the options.
 
-    Shards that someone else wrote have no manifest: they are indexed now, once, by one process, as latents of `codec`.
+    Shards that someone else wrote have no manifest: they are indexed now, once, by one process, as latents of `codec`. `cache` has
+    `fetch.Cache`'s options for a URL: folder, max_bytes, timeout_seconds, ...
     """
+    if "://" in str(path):
+        return _open_remote(str(path), seed, window, cache or {}, options)
     folder = Path(path)
     if (
         folder.is_dir()
@@ -216,6 +221,25 @@ def open_source(path, seed: int, window: int, *, codec: str | None = None, **opt
         adopt(folder, codec)
     found = manifest.load(path)
     return Source(found, LocalFolder(manifest.manifest_path(path).parent), seed, window, **options)
+
+
+def _open_remote(url: str, seed: int, window: int, cache: dict, options: dict) -> Source:
+    from data_pipeline.fetch import Cache
+
+    files = Cache(url, **({"folder": "~/.cache/evenkeel"} | cache))
+    try:
+        found = files.load_manifest()
+        largest = sorted((shard.bytes for shard in found.shards), reverse=True)
+        needed = sum(largest[: 2 * window])  # the window that is read and the one that is fetched
+        if files.max_bytes < needed:
+            raise ValueError(
+                f"a cache of {files.max_bytes} bytes is too small for two windows of {window} shards, {needed} bytes; "
+                "make the cache larger or the window smaller"
+            )
+        return Source(found, files, seed, window, **options)
+    except BaseException:
+        files.close()
+        raise
 
 
 def hash_file(path) -> str:
