@@ -292,7 +292,8 @@ def main(argv=None) -> int:
             export_file(options.source, options.target)
         else:
             megabytes = options.source.stat().st_size / 1e6
-            print(f"reading {options.source} ({megabytes:.0f} MB)", file=sys.stderr)
+            if megabytes > 200:  # more than about 5 s
+                print(f"reading {options.source} ({megabytes:.0f} MB)", file=sys.stderr)
             write(options.target, *read_pickle(options.source))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

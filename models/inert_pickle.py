@@ -8,6 +8,8 @@ is ever replaced by the real thing, because REDUCE and BUILD would then run its 
 import io
 import math
 import pickle
+import pickletools
+import warnings
 
 import torch
 from torch import Tensor
@@ -28,6 +30,10 @@ ALLOWED = {
     ("torch.storage", "_load_from_bytes"),
     ("torch_utils.persistence", "_reconstruct_persistent_obj"),
 }
+
+
+class Refused(ValueError):
+    """A pickle that asks for what no EDM2 snapshot needs."""
 
 
 class Node:
@@ -59,22 +65,30 @@ class InertUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.known:
-            raise ValueError(f"refused: it asks for {module}.{name}, which no EDM2 snapshot needs")
+            raise Refused(f"refused: it asks for {module}.{name}, which no EDM2 snapshot needs")
         return self.known[module, name]
 
     def persistent_load(self, pid):
-        raise ValueError("refused: it refers to objects outside of the file, which no EDM2 snapshot does")
+        raise Refused("refused: it refers to objects outside of the file, which no EDM2 snapshot does")
 
 
 def read_nodes(data: bytes):
     """Return the pickle's content as Nodes and plain data; raise ValueError, with nothing executed, where it is refused."""
     try:
+        _check_memo(data)
         return InertUnpickler(io.BytesIO(data)).load()
-    except ValueError as error:
-        raise ValueError(str(error)) from None
+    except Refused:
+        raise
     except Exception as error:  # forged opcodes can raise anything; nothing of it has run any code
-        reason = str(error) or type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"no readable pickle ({reason}); it is cut off, damaged or of another kind") from None
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse memo slots beyond what the file can fill: the unpickler would allocate all slots below, up to 32 GiB."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise Refused(f"refused: it numbers an object {argument} where there are at most {count}")
 
 
 def plain(value):
@@ -124,7 +138,8 @@ def _storage(node) -> Tensor:
     if not is_bytes or node.kind != "torch.storage._load_from_bytes":
         raise ValueError("refused: something else where a tensor's bytes are expected")
     try:
-        storage = torch.load(io.BytesIO(node.args[0]), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols: a refusal below says what matters
+            storage = torch.load(io.BytesIO(node.args[0]), map_location="cpu", weights_only=True)
     except Exception as error:  # the loader raises many kinds; all of them mean that the bytes are not a plain storage
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"refused: the bytes of a tensor are not a plain storage ({reason})") from None

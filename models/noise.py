@@ -24,7 +24,7 @@ class Shape:
 
 NORMAL = Shape(
     pdf=lambda z: torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi),
-    cdf=torch.special.ndtr,
+    cdf=lambda z: torch.special.erfc(z / -math.sqrt(2)) / 2,  # torch's ndtr is 0 below -8.3
     icdf=torch.special.ndtri,
 )
 LAPLACE = Shape(  # exp(-|z|) / 2

@@ -31,7 +31,6 @@ from tests.golden import (
 from trainer.loss import denoising_loss
 from trainer.optimizer import MagnitudeAdam, whole_fragments
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # ga: the denoiser
 
