@@ -2,6 +2,7 @@
 
     pixels           nothing is encoded; uint8
     sd-vae-ft-mse    the Stability VAE through diffusers (posterior mean and std); needs a local folder of weights
+    taesd            TAESD and other tiny autoencoders through diffusers; needs a local folder of weights
     tinyae4          the 1.4 M-parameter test autoencoder of this project, shaped and scaled like the VAE; needs its weights file
 
 Weights are local files only: nothing is downloaded, nothing is unpickled.
@@ -46,29 +47,30 @@ class Pixels(Codec):
         return (raw + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
+def _from_diffusers(kind: str, weights, name: str, device: str):
+    """Load a network of diffusers from a local folder; return it and its weights' hash."""
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError(f"codec {name} needs diffusers; install it with: pip install diffusers") from None
+    files = sorted(Path(weights).glob("*.safetensors")) if weights else []
+    if len(files) != 1:
+        raise ValueError(
+            f"codec {name} needs --codec-weights FOLDER with config.json and one .safetensors file; got {weights or 'nothing'}"
+        )
+    network = getattr(diffusers, kind).from_pretrained(str(weights), local_files_only=True, use_safetensors=True)
+    return network.eval().requires_grad_(False).to(device), hash_file(files[0])
+
+
 class StabilityVae(Codec):
     """stabilityai/sd-vae-ft-mse as EDM2 uses it: pixels in [0, 1], latents unscaled, posterior mean and std stored.
 
-    Not run against the real weights in this project's tests (they cannot be shipped); the tests use a small AutoencoderKL where
-    diffusers is installed.
+    Tested with a small AutoencoderKL of random weights where diffusers is installed, not with the real ones.
     """
 
     def __init__(self, weights, device: str, dtype: str):
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError:
-            raise ValueError("codec sd-vae-ft-mse needs diffusers; install it with: pip install diffusers") from None
-        files = sorted(Path(weights).glob("*.safetensors")) if weights else []
-        if len(files) != 1:
-            raise ValueError(
-                f"codec sd-vae-ft-mse needs --codec-weights FOLDER with config.json and one .safetensors file; "
-                f"got {weights or 'nothing'}"
-            )
-        self.vae = AutoencoderKL.from_pretrained(str(weights), local_files_only=True, use_safetensors=True)
-        self.vae = self.vae.eval().requires_grad_(False).to(device)
-        super().__init__(
-            "sd-vae-ft-mse", hash_file(files[0]), "mean_std", 2 ** (len(self.vae.config.block_out_channels) - 1)
-        )
+        self.vae, digest = _from_diffusers("AutoencoderKL", weights, "sd-vae-ft-mse", device)
+        super().__init__("sd-vae-ft-mse", digest, "mean_std", 2 ** (len(self.vae.config.block_out_channels) - 1))
         self.device, self.dtype = device, dtype
 
     @torch.no_grad()
@@ -80,6 +82,27 @@ class StabilityVae(Codec):
     def decode(self, raw):
         pixels = torch.cat([self.vae.decode(part.to(self.device)).sample for part in raw.split(4)])
         return (pixels.clamp(0, 1) * 255).to(torch.uint8).to(raw.device)  # truncated, as EDM2 does
+
+
+class Taesd(Codec):
+    """TAESD (github.com/madebyollin/taesd) and its relatives through diffusers: 8x down, deterministic, on its own scale.
+
+    diffusers takes and gives pixels in [-1, 1]. Tested with random weights where diffusers is installed.
+    """
+
+    def __init__(self, weights, device: str, dtype: str):
+        self.network, digest = _from_diffusers("AutoencoderTiny", weights, "taesd", device)
+        super().__init__("taesd", digest, "mean", 2 ** (len(self.network.config.encoder_block_out_channels) - 1))
+        self.device, self.dtype = device, dtype
+
+    @torch.no_grad()
+    def encode(self, images):
+        return self.network.encode(images.to(self.device).float() / 127.5 - 1).latents.cpu().numpy().astype(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, raw):
+        pixels = self.network.decode(raw.to(self.device).float()).sample
+        return ((pixels.clamp(-1, 1) + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8).to(raw.device)
 
 
 class TinyAutoencoder(Codec):
@@ -130,7 +153,7 @@ class TinyAutoencoder(Codec):
         return ((pixels + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8).to(raw.device)
 
 
-NAMES = ("pixels", "sd-vae-ft-mse", "tinyae4")
+NAMES = ("pixels", "sd-vae-ft-mse", "taesd", "tinyae4")
 
 
 def open_codec(name: str, weights=None, device: str = "cpu", dtype: str = "float16") -> Codec:
@@ -139,6 +162,8 @@ def open_codec(name: str, weights=None, device: str = "cpu", dtype: str = "float
         return Pixels("pixels")
     if name == "sd-vae-ft-mse":
         return StabilityVae(weights, device, dtype)
+    if name == "taesd":
+        return Taesd(weights, device, dtype)
     if name == "tinyae4":
         return TinyAutoencoder(weights, device, dtype)
     raise ValueError(f"codec {name!r} is none of {', '.join(NAMES)}")

@@ -232,7 +232,7 @@ def main(argv=None) -> int:
         "source", help="sklearn:digits, or images: a folder by class, a tar, WebDataset shards, an EDM2 zip"
     )
     parser.add_argument("folder", type=Path, help="where the shards go")
-    parser.add_argument("--codec", default="pixels", help="pixels, sd-vae-ft-mse or tinyae4")
+    parser.add_argument("--codec", default="pixels", help="pixels, sd-vae-ft-mse, taesd or tinyae4")
     parser.add_argument("--codec-weights", help="local weights of the codec")
     parser.add_argument("--device", default="cpu", help="where the codec runs")
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="of stored latents")

@@ -91,6 +91,45 @@ def test_tiny_autoencoder_has_its_shapes(tmp_path):
     assert len(codec.hash) == 64
 
 
-def test_vae_without_weights_or_library_is_one_line(tmp_path):
+def test_vae_stores_its_posterior(tmp_path):
+    """Pixels in [0, 1]; mean and standard deviation unscaled; decoding truncates (Karras et al. 2024, reference)."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8, 8], layers_per_block=1, latent_channels=4, norm_num_groups=4, **blocks
+    )
+    vae.save_pretrained(tmp_path)
+    codec = codecs.open_codec("sd-vae-ft-mse", tmp_path, dtype="float32")
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    stored = torch.from_numpy(codec.encode(images))
+    posterior = vae.eval().encode(images.float() / 255).latent_dist
+    assert stored.shape == (2, 8, 8, 8) and codec.factor == 2
+    assert torch.allclose(stored, torch.cat([posterior.mean, posterior.std], dim=1).detach(), atol=1e-6)
+    expected = (vae.decode(stored[:, :4]).sample.detach().clamp(0, 1) * 255).to(torch.uint8)
+    assert torch.equal(codec.decode(stored[:, :4]), expected)
+    x = latents.whiten(stored, some_manifest(shape=(8, 8, 8)))
+    pictures = latents.decode(x, some_manifest(shape=(8, 8, 8), codec_hash=codec.hash), codec)
+    assert (pictures.int() - expected.int()).abs().max() <= 1
+
+
+def test_taesd_keeps_diffusers_scale(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    layers = {f"{side}_block_out_channels": (8, 8, 8, 8) for side in ("encoder", "decoder")}
+    counts = {f"num_{side}_blocks": (1, 1, 1, 1) for side in ("encoder", "decoder")}
+    network = diffusers.AutoencoderTiny(**layers, **counts)
+    network.save_pretrained(tmp_path)
+    codec = codecs.open_codec("taesd", tmp_path, dtype="float32")
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    stored = torch.from_numpy(codec.encode(images))
+    assert stored.shape == (2, 4, 2, 2) and codec.factor == 8
+    expected = network.eval().encode(images.float() / 127.5 - 1).latents
+    assert torch.allclose(stored, expected.detach(), atol=1e-6)
+    assert codec.decode(stored).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["sd-vae-ft-mse", "taesd"])
+def test_networks_without_weights_or_library_are_one_line(tmp_path, name):
     with pytest.raises(ValueError, match="diffusers|--codec-weights"):
-        codecs.open_codec("sd-vae-ft-mse", tmp_path)
+        codecs.open_codec(name, tmp_path)

@@ -1,0 +1,26 @@
+"""The speed table of the data pipeline runs, and a large dataset starts quickly."""
+
+from data_pipeline import benchmark
+
+
+def test_the_table_has_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "SHAPE", (8, 4, 4))
+    monkeypatch.setattr(benchmark, "PER_SHARD", 64)
+    lines = benchmark.rows(samples=64, rounds=1, folder=tmp_path)
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) >= 11 and "(the limit)" in table[2] and table[2].endswith("| 1.000 |")
+    assert any("stock webdataset" in line for line in table)
+    assert not list(tmp_path.iterdir())
+
+
+def test_first_batch_of_a_million_samples_comes_within_two_seconds(tmp_path, monkeypatch):
+    """1,251 shards of 1,024 samples, as ImageNet."""
+    monkeypatch.setattr(benchmark, "SHAPE", (8, 4, 4))
+    benchmark.make_data(tmp_path, benchmark.PER_SHARD)
+    seconds, mebibytes = benchmark.first_batch_seconds(tmp_path)
+    assert seconds < 2 and mebibytes < 200
+
+
+def test_errors_are_one_line(capsys):
+    assert benchmark.main(["--samples", "100"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
