@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_pipeline import adopt, index, manifest, mds, npy, sources, wds
+from data_pipeline import adopt, index, manifest, mds, npy, order, sources, wds
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.measure import Statistics
 from data_pipeline.npy import Layout
@@ -79,8 +79,11 @@ def open_shards(folder: Path, codec: str | None) -> Input:
     return Input(folder.name, sizes, read, m.codec if m else codec, m)
 
 
-def open_zip(path: Path, codec: str | None, samples_per_shard: int) -> Input:
-    """Read an EDM2 zip: .npy arrays or PNG images, labels in dataset.json; zipfile checks each member's CRC."""
+def open_zip(path: Path, codec: str | None, samples_per_shard: int, shuffle: bool = True) -> Input:
+    """Read an EDM2 zip: .npy arrays or PNG images, labels in dataset.json; zipfile checks each member's CRC.
+
+    Zips come sorted by class: their samples are mixed over the shards, once, unless told otherwise.
+    """
     try:
         archive = zipfile.ZipFile(path)
         names = sorted(n for n in archive.namelist() if n.endswith((".npy", *sources.SUFFIXES)))
@@ -94,8 +97,10 @@ def open_zip(path: Path, codec: str | None, samples_per_shard: int) -> Input:
     arrays = names[0].endswith(".npy")
     numbers = sources.look_up(names, labels, path.name) if labels else [index.NO_LABEL] * len(names)
 
+    sequence = order.permutation(len(names), 0) if shuffle else np.arange(len(names))
+
     def read(shard: int):
-        for i in range(shard * samples_per_shard, min((shard + 1) * samples_per_shard, len(names))):
+        for i in sequence[shard * samples_per_shard : (shard + 1) * samples_per_shard].tolist():
             try:
                 info = archive.getinfo(names[i])
                 if info.file_size > manifest.MAX_SAMPLE_BYTES:
@@ -239,12 +244,13 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--samples-per-shard", type=int, default=1024, help="when reading a zip; shards keep their sizes"
     )
+    parser.add_argument("--keep-order", action="store_true", help="do not mix a zip's samples over the shards")
     args = parser.parse_args(argv)
     try:
         if args.samples_per_shard < 1:
             raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
         if args.source.is_file():
-            source = open_zip(args.source, args.codec, args.samples_per_shard)
+            source = open_zip(args.source, args.codec, args.samples_per_shard, not args.keep_order)
         elif args.source.is_dir():
             source = open_shards(args.source, args.codec)
         else:

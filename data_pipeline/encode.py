@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import index, manifest, sources
+from data_pipeline import index, manifest, order, sources
 from data_pipeline.manifest import Shard
 from data_pipeline.measure import Statistics
 from data_pipeline.npy import Layout
@@ -40,14 +40,20 @@ class Job:
     resolution: int | None
     on_broken: str
     label_dim: int | None
+    shuffle: bool = False  # over the whole source, once
+
+    def __post_init__(self):
+        # Sources come sorted by class; shards of one class each would make every window of the training order one-sided.
+        count = len(self.images.keys)
+        self.order = order.permutation(count, 0) if self.shuffle else np.arange(count)
 
     @property
     def num_shards(self) -> int:
         return -(-len(self.images.keys) // self.samples_per_shard)
 
-    def numbers(self, shard: int) -> range:
+    def numbers(self, shard: int) -> list[int]:
         """Return the images of a shard."""
-        return range(shard * self.samples_per_shard, min((shard + 1) * self.samples_per_shard, len(self.images.keys)))
+        return self.order[shard * self.samples_per_shard : (shard + 1) * self.samples_per_shard].tolist()
 
     @property
     def fingerprint(self) -> str:
@@ -55,6 +61,7 @@ class Job:
         listing = [getattr(self.images, "members", self.images.keys), self.images.labels]
         settings = [self.images.name, self.codec.name, self.codec.hash, getattr(self.codec, "dtype", "uint8")]
         settings += [self.samples_per_shard, self.resolution, self.on_broken, self.label_dim]
+        settings += ["shuffled"] * self.shuffle
         return hashlib.sha256(json.dumps([settings, listing]).encode()).hexdigest()
 
 
@@ -243,6 +250,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--on-broken", default="stop", choices=("stop", "skip"), help="what to do with unreadable images"
     )
+    parser.add_argument("--keep-order", action="store_true", help="do not mix the source's images over the shards")
     parser.add_argument("--part", type=_part, default=(0, 1), help="I/N: make every N-th shard, for a job array")
     args = parser.parse_args(argv)
     try:
@@ -252,11 +260,9 @@ def main(argv=None) -> int:
             raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
         codec = codecs.open_codec(args.codec, args.codec_weights, args.device, args.dtype)
         images = sources.open_images(args.source, args.labels)
-        encode(
-            Job(images, codec, args.samples_per_shard, args.resolution, args.on_broken, args.label_dim),
-            args.folder,
-            args.part,
-        )
+        shuffle = not args.keep_order and not isinstance(images, sources.Digits)  # those are mixed as they come
+        settings = args.samples_per_shard, args.resolution, args.on_broken, args.label_dim
+        encode(Job(images, codec, *settings, shuffle), args.folder, args.part)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

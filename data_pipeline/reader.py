@@ -6,80 +6,25 @@ batch: a bad sample either stops the run with one line or is replaced by a rule 
 quarantine list. `batch(positions)` is a pure function of its argument; a maintainer must keep it so.
 """
 
-import mmap
-import os
 import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
 
-from data_pipeline import index, order
+from data_pipeline import order
 from data_pipeline.latents import LatentBatch
 from data_pipeline.manifest import Manifest
+from data_pipeline.shard_file import LocalFolder, OpenShard
 
 _TORCH = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
 
 class BadSample(ValueError):
     """One sample that is not what the index says; every other error is about the whole shard."""
-
-
-class LocalFolder:
-    """Where shards lie: a local folder. `fetch.Cache` is the other kind."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-
-    def locate(self, name: str, refetch: bool = False) -> Path:
-        """Return the local path of a file of the dataset; `refetch` asks for a fresh copy, which only a cache has."""
-        return self.folder / name
-
-    def ahead(self, names: list[str]):
-        """Hint that files will be wanted soon: they are here."""
-
-    def close(self):
-        """Let go of nothing."""
-
-
-class _OpenShard:
-    """A shard that is open for reading: its bytes, and its index as Python lists, which are quicker to look up than arrays."""
-
-    descriptor = -1
-
-    def __init__(self, path: Path, index_path: Path, shard, sample_bytes: int, use_mmap: bool):
-        rows = index.read(index_path, shard.index_sha256, shard.samples, sample_bytes, shard.bytes)
-        self.offsets, self.hashes, self.labels = rows["offset"].tolist(), rows["hash"].tolist(), rows["label"].tolist()
-        self.keys = rows["key"]
-        self.view = None
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        size = os.fstat(self.descriptor).st_size
-        if size != shard.bytes:
-            raise ValueError(
-                f"shard {path} has {size} bytes, its manifest says {shard.bytes}; restore it or encode again"
-            )
-        if use_mmap:
-            self.view = np.frombuffer(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ), dtype=np.uint8)
-
-    def read_into(self, target: np.ndarray, offset: int):
-        """Copy `target.nbytes` bytes at `offset` into a contiguous uint8 array."""
-        if self.view is not None:
-            target[:] = self.view[offset : offset + target.nbytes]
-            return
-        done, left = 0, memoryview(target)
-        while done < target.nbytes:
-            count = os.preadv(self.descriptor, [left[done:]], offset + done)
-            if count == 0:
-                raise ValueError(f"a shard of {offset + done} bytes was longer when it was opened; restore it")
-            done += count
-
-    def __del__(self):  # of the last batch in flight that uses it: only then may the file go
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
 
 
 class Source:
@@ -109,7 +54,7 @@ class Source:
         self.max_bad = max(1, manifest.num_samples // 10_000) if max_bad is None else max_bad
         self._sizes = manifest.shard_sizes
         self._ends = np.cumsum(self._sizes)
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._max_open = max_open
         self._lock = threading.Lock()  # of counters, quarantine and pending batches; never held while reading
         self._opening = threading.Lock()
@@ -281,7 +226,7 @@ class Source:
             "restore the shard, or set on_bad=replace"
         )
 
-    def _get(self, shard: int, refetch: bool = False) -> _OpenShard:
+    def _get(self, shard: int, refetch: bool = False) -> OpenShard:
         """Open a shard, or find it open; the least recently opened ones are closed past a bound."""
         with self._opening:
             opened = self._open.get(shard)
@@ -298,11 +243,11 @@ class Source:
                 self._open.popitem(last=False)
             return opened
 
-    def _open_now(self, shard: int, refetch: bool) -> _OpenShard:
+    def _open_now(self, shard: int, refetch: bool) -> OpenShard:
         entry = self.manifest.shards[shard]
         path = self.files.locate(entry.name, refetch)
         index_path = self.files.locate(entry.index_name)
-        return _OpenShard(path, index_path, entry, self.manifest.sample_bytes, self.use_mmap)
+        return OpenShard(path, index_path, entry, self.manifest.sample_bytes, self.use_mmap)
 
     def _quarantine(self, shard: int, sample: int, error: Exception):
         """Note bad data; raise when the policy or its limit says stop."""

@@ -17,7 +17,8 @@ import numpy as np
 import xxhash
 
 from data_pipeline import index, manifest, npy
-from data_pipeline.reader import LocalFolder, Source
+from data_pipeline.reader import Source
+from data_pipeline.shard_file import LocalFolder
 
 _BLOCK = 512
 _MAX_EXTENDED_HEADER = 2**20

@@ -106,7 +106,10 @@ def test_every_kind_of_source_gives_the_same_samples(tmp_path):
         assert run(source, tmp_path / str(number), "--resolution", 8, "--samples-per-shard", 4) == 0
         expected = expected or content(tmp_path / "0")
         assert content(tmp_path / str(number)) == expected
-    assert [label for _, label in expected] == [0] * 5 + [1] * 5
+    assert sorted(label for _, label in expected) == [0] * 5 + [1] * 5
+    assert run(folder, tmp_path / "kept", "--resolution", 8, "--samples-per-shard", 4, "--keep-order") == 0
+    assert [label for _, label in content(tmp_path / "kept")] == [0] * 5 + [1] * 5
+    assert sorted(content(tmp_path / "kept")) == sorted(expected) and content(tmp_path / "kept") != expected
     m = manifest.load(tmp_path / "0")
     assert (m.mean, m.std, m.whitening) == (manifest.RGB_MEAN, manifest.RGB_STD, "published")
 
@@ -118,7 +121,10 @@ def test_labels_from_a_file(tmp_path, name):
         (tmp_path / name).write_text("name,label\n" + "".join(f"{n},{'yx'[k % 2]}\n" for k, n in enumerate(NAMES)))
     else:
         (tmp_path / name).write_text(json.dumps({n: 1 - k % 2 for k, n in enumerate(NAMES)}))
-    assert run(folder, tmp_path / "d", "--labels", tmp_path / name, "--resolution", 8, "--label-dim", 7) == 0
+    assert (
+        run(folder, tmp_path / "d", "--labels", tmp_path / name, "--resolution", 8, "--label-dim", 7, "--keep-order")
+        == 0
+    )
     m = manifest.load(tmp_path / "d")
     assert [label for _, label in content(tmp_path / "d")] == [1] * 5 + [0] * 5
     assert m.label_dim == 7 and m.classes_present == (0, 1)
@@ -165,7 +171,10 @@ def test_broken_images_stop_or_are_listed(tmp_path, capsys):
     (folder / NAMES[4]).write_bytes(b"")
     assert run(folder, tmp_path / "d", "--resolution", 8) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert run(folder, tmp_path / "d", "--resolution", 8, "--on-broken", "skip", "--samples-per-shard", 3) == 0
+    assert (
+        run(folder, tmp_path / "d", "--resolution", 8, "--on-broken", "skip", "--samples-per-shard", 3, "--keep-order")
+        == 0
+    )
     assert "2 images were broken" in capsys.readouterr().out
     m = manifest.load(tmp_path / "d")
     assert m.num_samples == 8 and [line.partition(":")[0] for line in m.broken] == [NAMES[4], NAMES[3]]
