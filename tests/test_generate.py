@@ -22,7 +22,7 @@ DATA = {
 }
 
 
-def write_network(path, seed=0, clock=64, sigma_rel=0.1, life=1, kind="ema", **changes):
+def write_network(path, seed=0, clock=64, sigma_rel=0.1, life=1, kind="ema", data=None, **changes):
     """Write a snapshot of an untrained network whose gains are not zero, so that it does something."""
     torch.manual_seed(seed)
     network = denoiser.build(TINY | changes)
@@ -32,7 +32,7 @@ def write_network(path, seed=0, clock=64, sigma_rel=0.1, life=1, kind="ema", **c
             if name.endswith("gain"):
                 parameter.fill_(0.3)
     header = {"kind": kind, "run": "r", "life": life, "clock": clock, "sigma_rel": sigma_rel, "dtype": "fp32"}
-    header |= {"model": TINY | changes, "data": DATA, "buffers": [n for n, _ in network.named_buffers()]}
+    header |= {"model": TINY | changes, "data": data or DATA, "buffers": [n for n, _ in network.named_buffers()]}
     path = Path(path)
     path = path / "snapshots" / file_name(clock, sigma_rel) if path.suffix == "" else path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,23 +1,34 @@
-"""Measure a snapshot, a reconstruction or a run's newest one.
+"""Measure snapshots, reconstructions or a run's newest snapshot.
 
-    digits   share of drawn digits that a classifier of real ones reads as asked for (the demo)
+    digits      share of drawn digits that a classifier of real ones reads as asked for (the demo)
+    loss        loss per logSNR bin on given data: no sampling, the cheapest
+    latent      Frechet distance, precision and recall of the whitened latents themselves: nothing to download
+    fid         Frechet distance of Inception features; needs --weights fid=FILE
+    fd_dinov2   ... of DINOv2 features; needs --weights fd_dinov2=FILE
 
-Each metric is a function of (Subject, options) -> dict of plain values, in METRICS; heavy imports happen inside it.
+Each metric is a function of (Subject, options) -> dict of plain values with "value", its one figure, and "better", high or low.
 """
 
 import argparse
+import dataclasses
+import functools
+import hashlib
 import json
+import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from trainer import digit_labels, generate
+from data_pipeline.progress import Progress
+from trainer import config, digit_labels, features, frechet, generate, heldout
+from trainer.state import write_atomically
+
+KEPT_FEATURES = 5000  # of each side, for precision and recall, which are quadratic in them
 
 
-@dataclass
+@dataclasses.dataclass
 class Subject:
     """What is measured."""
 
@@ -31,53 +42,179 @@ def digits(subject: Subject, options: argparse.Namespace) -> dict:
     drawing = subject.drawing
     if drawing.shape != (1, 8, 8) or drawing.label_dim != 10 or drawing.data.codec != "pixels":
         raise ValueError(f"metric digits: {subject.path.name} draws no 8x8 digits in ten classes; use another --metric")
-    read, accuracy = digit_labels.train_reader()
+    read, accuracy = _reader()
     positions = generate.positions_of(range(10), options.per_class, 10)
     parts = [drawing.decode(x) for _, x in drawing.batches(positions, options.batch)]
     result = digit_labels.agreement(read, torch.cat(parts).numpy(), np.array(positions) % 10)
-    return result | {"reader_accuracy": accuracy}
+    return {"value": result["share"], "better": "high", "reader_accuracy": accuracy, **result}
 
 
-def say_digits(result: dict) -> list[str]:
-    worst = min(result["per_digit"], key=result["per_digit"].get)
-    return [
-        f"digits: {result['share']:.1%} of {result['images']} carry the digit asked for; worst is {worst} with "
-        f"{result['per_digit'][worst]:.1%}; the reader knows {result['reader_accuracy']:.1%} of held-out real digits"
-    ]
+def loss(subject: Subject, options: argparse.Namespace) -> dict:
+    """Average the weighted loss over bins of logSNR."""
+    data = _data(subject, options)
+    result = heldout.summary(heldout.bin_losses(subject.drawing.network, data, options.batch, subject.drawing.device))
+    return {"value": result["mean"], "better": "low", "data": data.name, **result}
 
 
-METRICS = {"digits": (digits, say_digits)}
+def frechet_distance(kind: str, subject: Subject, options: argparse.Namespace) -> dict:
+    """Draw images, stream their features, and compare with the reference's; precision and recall where that has features."""
+    drawing = subject.drawing
+    if kind == "latent":
+        extract = features.latent(drawing.shape)
+    else:
+        extract = features.from_weights(kind, dict(options.weights).get(kind), drawing.device)
+    mean, covariance, identity, real = _reference(kind, extract, subject, options)
+    drawn, rows = _stream(extract, drawing, (x for _, x in drawing.batches(range(options.images), options.batch)))
+    if drawn.total.shape != mean.shape:
+        raise ValueError(
+            f"{options.reference}: {len(mean)} features, {extract.name} has {len(drawn.total)}; give the right file"
+        )
+    value = frechet.distance(mean, covariance, *drawn.moments())
+    result = {"value": value, "better": "low", "images": drawn.num, "features": extract.name, "reference": identity}
+    if real is not None:
+        few = min(len(rows), len(real))
+        precision, recall = frechet.precision_recall(real[:few], rows[:few])
+        result |= {"precision": precision, "recall": recall}
+    return result | {"comparable": extract.comparable}
 
 
-def default_metric(drawing: generate.Drawing) -> str:
-    """Return what fits the network."""
-    return "digits"
+def _stream(extract: features.Features, drawing: generate.Drawing, batches) -> tuple[frechet.Statistics, np.ndarray]:
+    """Return statistics of all latents in `batches`, and the features of the first KEPT_FEATURES."""
+    statistics, kept, count = None, [], 0
+    for x in batches:
+        rows = extract.of(x, drawing.decode).double().cpu().numpy()
+        statistics = statistics or frechet.Statistics(extract.name, rows.shape[1])
+        statistics.add(rows)
+        if count < KEPT_FEATURES:
+            kept.append(rows[: KEPT_FEATURES - count])
+            count += len(kept[-1])
+    return statistics, np.concatenate(kept)
+
+
+def _reference(kind: str, extract: features.Features, subject: Subject, options: argparse.Namespace):
+    """Return (mean, covariance, identity, features or None) of --reference, or of the data; those are kept in the cache folder."""
+    if options.reference:
+        return frechet.load(options.reference, kind)
+    drawing, data = subject.drawing, _data(subject, options)
+    identity = {"features": extract.name, "data": data.digest, "images": data.num}
+    identity |= {"whitening": [drawing.data.mean, drawing.data.std], "kept": KEPT_FEATURES}
+    cache = options.cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.npz"
+    if not cache.is_file():
+        with Progress("reference", data.num, "images") as progress:
+            statistics, rows = _stream(extract, drawing, _counted(data.batches(options.batch), progress))
+        frechet.save(cache, *statistics.moments(), identity, rows)
+    return frechet.load(cache, kind)
+
+
+def _counted(batches, progress: Progress):
+    for _, x, _ in batches:
+        yield x
+        progress.advance(len(x))
+
+
+_reader = functools.cache(digit_labels.train_reader)
+
+
+def _data(subject: Subject, options: argparse.Namespace) -> heldout.Data:
+    """Open --data, or the run's own training data, for which the run directory must be around the snapshot."""
+    path = options.data
+    if path is None:
+        run = next((p for p in subject.path.resolve().parents if (p / "config.yaml").is_file()), None)
+        if run is None:
+            raise ValueError(f"{subject.path}: lies in no run directory that names its data; give --data FOLDER")
+        path = config.read_yaml(run / "config.yaml")["data"]["path"]
+    return heldout.Data(path, vars(subject.drawing.data), options.data_images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+METRICS = {
+    "digits": digits,
+    "loss": loss,
+    **{kind: functools.partial(frechet_distance, kind) for kind in ("latent", "fid", "fd_dinov2")},
+}
+
+
+def say(name: str, result: dict) -> str:
+    """Return a metric's result as one line."""
+    if name == "digits":
+        worst = min(result["per_digit"], key=result["per_digit"].get)
+        return (
+            f"digits: {result['share']:.1%} of {result['images']} carry the digit asked for; worst is {worst} with "
+            f"{result['per_digit'][worst]:.1%}; the reader knows {result['reader_accuracy']:.1%} of held-out real digits"
+        )
+    if name == "loss":
+        bins = "  ".join(f"[{b['logsnr'][0]:g},{b['logsnr'][1]:g}] {b['loss']:.4f}" for b in result["bins"])
+        return f"loss: {result['mean']:.5f} +- {result['error']:.5f} over {result['images']} images of {result['data']}; {bins}"
+    more = f", precision {result['precision']:.3f}, recall {result['recall']:.3f}" if "precision" in result else ""
+    remark = "" if result["comparable"] else "; not comparable with published figures"
+    return f"{name}: {result['value']:.4f}{more} ({result['images']} images, {result['features']}{remark})"
+
+
+def measure(path: Path, names: list[str], options: argparse.Namespace) -> dict:
+    """Return {"origin": ..., "metrics": {name: result}} of one snapshot."""
+    subject = Subject(path, *generate.open_drawing(path, options, generate.settings_of(options)))
+    return {"origin": subject.origin, "metrics": {name: METRICS[name](subject, options) for name in names}}
+
+
+def _weights(text: str) -> tuple[str, str]:
+    kind, _, path = text.partition("=")
+    if kind not in features.VARIABLES or not path:
+        raise argparse.ArgumentTypeError(f"{text}: must be fid=FILE or fd_dinov2=FILE")
+    return kind, path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=main.__doc__)
+    parser.add_argument("snapshots", type=Path, nargs="+", help="snapshots, reconstructions or run directories")
+    parser.add_argument("--metric", default="digits", help=f"one or more of {','.join(METRICS)} (default %(default)s)")
+    parser.add_argument("--per-class", type=int, default=50, help="digits: images per class (default %(default)s)")
+    parser.add_argument("--images", type=int, default=5000, help="distances: images to draw (default %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, help="loss and distances: dataset to compare with (default: the run's own)"
+    )
+    parser.add_argument("--data-images", type=int, default=50_000, help="at most so many of it (default %(default)s)")
+    parser.add_argument(
+        "--reference", type=Path, help="distances: statistics as .npz or a dataset-refs pickle, instead of data"
+    )
+    parser.add_argument(
+        "--weights", type=_weights, action="append", default=[], help="fid=FILE or fd_dinov2=FILE, TorchScript"
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evenkeel"
+    parser.add_argument("--cache", type=Path, default=cache, help="for statistics of data (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per snapshot")
+    parser.add_argument(
+        "--results", type=Path, help="folder for one JSON file per snapshot; those that are there are kept"
+    )
+    generate.add_drawing_options(parser)
+    return parser
 
 
 def main(argv=None) -> int:
-    """Measure a snapshot or a run's newest one."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=main.__doc__)
-    parser.add_argument("snapshot", type=Path, help="snapshot, reconstruction or run directory")
-    parser.add_argument("--metric", help=f"one or more of {','.join(METRICS)} (default: what fits the network)")
-    parser.add_argument("--per-class", type=int, default=50, help="images per class (default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    generate.add_drawing_options(parser)
-    options = parser.parse_args(argv)
+    """Measure snapshots, or a run's newest one."""
+    options = _parser().parse_args(argv)
     try:
-        if options.per_class < 1:
-            raise ValueError(f"--per-class {options.per_class}: must be at least 1")
-        settings, path = generate.settings_of(options), generate.find(options.snapshot, options.sigma_rel)
-        subject = Subject(path, *generate.open_drawing(path, options, settings))
-        names = (options.metric or default_metric(subject.drawing)).split(",")
+        names = options.metric.split(",")
         unknown = [n for n in names if n not in METRICS]
         if unknown:
             raise ValueError(f"--metric {unknown[0]}: known are {', '.join(METRICS)}")
-        results = {name: METRICS[name][0](subject, options) for name in names}
-        if options.json:
-            print(json.dumps({"origin": subject.origin, "metrics": results}))
-        else:
-            print(f"{path.name}, {subject.origin['clock']} images, sigma_rel {subject.origin['sigma_rel']:g}")
-            print("\n".join(line for name in names for line in METRICS[name][1](results[name])))
+        for key in ("per_class", "images", "data_images"):
+            if getattr(options, key) < 1:
+                raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
+        for path in [generate.find(p, options.sigma_rel) for p in options.snapshots]:
+            kept = options.results / f"{path.stem}.json" if options.results else None
+            if kept and kept.is_file():
+                continue
+            made = measure(path, names, options)
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(kept, json.dumps(made).encode())
+            if options.json:
+                print(json.dumps(made), flush=True)
+            else:
+                print(f"{path.name}, {made['origin']['clock']} images, sigma_rel {made['origin']['sigma_rel']:g}")
+                print("\n".join(say(name, result) for name, result in made["metrics"].items()), flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
