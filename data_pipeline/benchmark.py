@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline import adopt, convert, manifest, order, wds
+from data_pipeline import adopt, convert, manifest, mds, order, wds
 from data_pipeline.manifest import Manifest, Shard
 
 SHAPE = (8, 64, 64)
@@ -70,20 +70,16 @@ def our_epochs(folder: Path, **options) -> Iterator[int]:
 
 def stock_webdataset_epochs(folder: Path) -> Iterator[int]:
     """The library's usual pipeline."""
-    import webdataset
-
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     while True:
-        pipeline = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode().to_tuple("npy", "cls")
+        pipeline = wds.stock_pipeline(urls, shardshuffle=len(urls)).shuffle(1000).decode().to_tuple("npy", "cls")
         for arrays, _ in pipeline.batched(BATCH):
             yield len(torch.as_tensor(np.asarray(arrays)))
 
 
 def stock_streaming_epochs(folder: Path) -> Iterator[int]:
     """The library's StreamingDataset under a DataLoader."""
-    import streaming
-
-    dataset = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
+    dataset = mds.stock_dataset(local=str(folder), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
     loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH)
     while True:
         for batch in loader:
@@ -137,7 +133,7 @@ def measure(folder: Path, samples: int, rounds: int) -> dict[str, float]:
         running[name] = start()
         try:
             next(running[name])  # imports and the first batch are not measured
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, ValueError) as error:
             print(f"{name}: does not run here ({type(error).__name__})", file=sys.stderr)
             del running[name]
     for turn in range(rounds):

@@ -212,3 +212,14 @@ def index_json(shards, layout: npy.Layout, labelled: bool) -> bytes:
         file = {"basename": shard.name, "bytes": shard.bytes, "hashes": {"xxh3_64": shard.xxh3_64}}
         entries.append(_config(layout, labelled, None) | {"raw_data": file, "samples": shard.samples, "zip_data": None})
     return json.dumps({"shards": entries, "version": 2}, sort_keys=True).encode()
+
+
+def stock_dataset(**options):
+    """Open MDS shards with the library's own StreamingDataset."""
+    try:
+        import streaming
+    except Exception as error:  # beside a CPU build of torch it fails inside torchvision, with a RuntimeError
+        raise ValueError(
+            f"mosaicml-streaming does not import here ({type(error).__name__}); read through the index"
+        ) from None
+    return streaming.StreamingDataset(**options)

@@ -197,6 +197,13 @@ def write_shard(path: Path, samples) -> None:
         os.fsync(file.fileno())
 
 
+def stock_pipeline(urls: list[str], **options):
+    """Open tars with the library's own WebDataset: every rank sees all of them."""
+    import webdataset
+
+    return webdataset.WebDataset(urls, **({"shardshuffle": False, "nodesplitter": lambda source: source} | options))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
