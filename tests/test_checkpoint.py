@@ -13,7 +13,7 @@ from tests.test_resume import state_of
 
 def train_and_save(run: str, stage: int, clocks: list[int], fill_disk: bool = False) -> list[str]:
     """On each rank: two steps, then a checkpoint at each of `clocks`; return what went wrong."""
-    from trainer import checkpoint
+    from trainer import checkpoint_writer
     from trainer.engine import Engine, start_process_group
 
     rank, world = start_process_group()
@@ -24,13 +24,30 @@ def train_and_save(run: str, stage: int, clocks: list[int], fill_disk: bool = Fa
         engine.step(rate(step), (step + 1) * BATCH)
     problems = []
     if fill_disk and rank == 1:
-        checkpoint.save_file = no_space
+        checkpoint_writer.save_file = no_space
+    writer = writer_of(run, engine, keep_last=2)
     for clock in clocks:
         try:
-            checkpoint.save(Path(run), engine, clock, life=1, extras={"version": 1}, keep_last=2)
+            writer.save(clock, life=1, extras={"version": 1})
+            engine.fragments[0].master.fill_(-float(clock))  # training goes on: what is saved must be what was there before
+            writer.wait()
         except OSError as error:
             problems.append(str(error))
     return problems
+
+
+class NoSnapshots:
+    """A snapshot service with nothing to write."""
+
+    def wait_durable(self):
+        pass
+
+
+def writer_of(run: str, engine, keep_last: int):
+    from trainer.checkpoint_writer import CheckpointWriter
+
+    group = torch.distributed.new_group(backend="gloo") if engine.world > 1 else None
+    return CheckpointWriter(Path(run), engine, group, NoSnapshots(), keep_last)
 
 
 def no_space(tensors, path):
@@ -57,7 +74,9 @@ def load_and_save(source: str, target: str, stage: int) -> tuple[int, bool]:
         torch.equal(parameters[f.name].detach().flatten()[f.start : f.start + len(f.master)], f.master)
         for f in engine.fragments
     )
-    checkpoint.save(Path(target), engine, clock + BATCH, life=2, extras={}, keep_last=9)
+    writer = writer_of(target, engine, keep_last=9)
+    writer.save(clock + BATCH, life=2, extras={})
+    writer.wait()
     return clock, same
 
 
@@ -75,6 +94,9 @@ def test_only_the_last_are_kept_and_verify(saved):
     assert [p.name for p in kept] == ["0000000024", "0000000036"]
     assert [checkpoint.verify(p) for p in kept] == [[], []]
     assert not list((saved / "checkpoints").glob(".*")), "nothing half-written is left"
+    for clock, before in ((24, 12), (36, 24)):
+        values = torch.cat([v for k, v in state_of(saved, clock).items() if k.startswith("master/")])
+        assert bool((values == -before).any()) and not bool((values == -clock).any()), "what came after the call is not in it"
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (1, 1), (2, 2), (3, 1)])

@@ -2,89 +2,25 @@
 
 RUN/checkpoints/<images>/ holds one safetensors file per rank and a manifest.json with the size and hash of each. Files hold
 logical pieces (tensor name, first element, number of elements), never DeepSpeed's flat offsets, so that another world size
-or ZeRO stage reads them as they are. Written in a hidden folder, fsynced, renamed: a folder with its final name is whole.
+or ZeRO stage reads them as they are. Written in a hidden folder (trainer/checkpoint_writer.py), fsynced, renamed: a folder
+with its final name is whole.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import xxhash
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from trainer.engine import Engine
-from trainer.state import sync_folder, write_atomically
 
 VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(run: Path, engine: Engine, clock: int, life: int, extras: dict, keep_last: int) -> Path:
-    """Save everything a bitwise continuation needs; collective, returns when it is durable.
-
-    Raises OSError on every rank when any rank could not write (a full disk); older checkpoints stay.
-    """
-    final = run / "checkpoints" / f"{clock:010d}"
-    beside = final.with_name(f".{final.name}.writing")
-    if engine.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    problem, entry = "", {}
-    try:
-        entry = _write_rank_file(beside, engine)
-    except OSError as error:  # told to all ranks below: nobody may wait for a rank that failed
-        problem = f"rank {engine.rank}: {error}"
-    entries = [None] * engine.world
-    dist.all_gather_object(entries, (problem, entry))
-    problems = [p for p, _ in entries if p]
-    if problems:
-        if engine.rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"checkpoint at {clock} images not saved: {problems[0]}; the checkpoints before it are intact")
-    if engine.rank == 0:
-        manifest = {
-            "version": VERSION,
-            "clock": clock,
-            "life": life,
-            "world": engine.world,
-            "zero_stage": engine.config.engine.zero_stage,
-            "sigma_rel": engine.ema.sigma_rel,
-            "adam_step": _adam_step(engine),
-            "extras": extras,
-            "files": {name: e for _, part in entries for name, e in part.items()},
-        }
-        write_atomically(beside / "manifest.json", json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one: a whole one would have been resumed from
-        os.replace(beside, final)
-        sync_folder(final.parent)
-        for old in list_checkpoints(run)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
-
-
-def _write_rank_file(folder: Path, engine: Engine) -> dict:
-    tensors = {}
-    for kind, name, _, tensor in _state(engine):
-        tensors[f"{kind}/{name}"] = tensor.detach().cpu().clone()
-    if engine.rank == 0:
-        for name, buffer in engine.buffers().items():
-            tensors[f"buffer/{name}"] = buffer.detach().cpu().contiguous()
-    path = folder / f"rank{engine.rank:05d}.safetensors"
-    save_file(tensors, path)
-    path.chmod(0o666 & ~_umask())  # the library makes files that only the owner can read
-    with open(path, "rb+") as f:
-        os.fsync(f.fileno())
-    pieces = [[f.name, f.start, f.master.numel()] for f in engine.fragments]
-    return {path.name: {"bytes": path.stat().st_size, "xxh3": _hash(path), "pieces": pieces}}
-
-
-def _state(engine: Engine):
+def state(engine: Engine):
     """Yield (kind, tensor name, first element, 1-D view) of all that is state on this rank."""
     adam = engine.optimizer.adam
     for i, f in enumerate(engine.fragments):
@@ -116,7 +52,7 @@ def verify(checkpoint: Path) -> list[str]:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             problems.append(f"{path}: missing or not {entry['bytes']} bytes long")
-        elif _hash(path) != entry["xxh3"]:
+        elif hash_file(path) != entry["xxh3"]:
             problems.append(f"{path}: content differs from its checksum")
     return problems
 
@@ -154,7 +90,7 @@ def _load_state(checkpoint: Path, manifest: dict, engine: Engine) -> None:
         for name, start, count in entry["pieces"]:
             where.setdefault(name, []).append((file, start, count))
     opened = {file: safe_open(checkpoint / file, framework="pt") for file in manifest["files"]}
-    for kind, name, start, tensor in _state(engine):
+    for kind, name, start, tensor in state(engine):
         if name not in where:
             raise ValueError(f"{checkpoint}: has no tensor {name}; it belongs to another network, start another run")
         filled, end = 0, start + tensor.numel()
@@ -171,24 +107,14 @@ def _load_state(checkpoint: Path, manifest: dict, engine: Engine) -> None:
     first = opened[min(opened)]
     for name, buffer in engine.buffers().items():
         buffer.copy_(first.get_tensor(f"buffer/{name}"))
-    for state in engine.optimizer.adam.state.values():
-        state["step"].fill_(manifest["adam_step"])
+    for moments in engine.optimizer.adam.state.values():
+        moments["step"].fill_(manifest["adam_step"])
     engine.refresh_copies()
 
 
-def _adam_step(engine: Engine) -> float:
-    return float(next(iter(engine.optimizer.adam.state.values()))["step"])
-
-
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
     state = xxhash.xxh3_64()
     with open(path, "rb") as f:
         while block := f.read(1 << 22):
             state.update(block)
     return state.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -115,6 +115,7 @@ class Checkpoints:
 
     every_images: int = at_least(128 * 2**20, 0)  # 0: only when stopping
     keep_last: int = at_least(2, 1)
+    keep_every_images: int = at_least(0, 0)  # keep those at its multiples for good; 0: none
 
 
 @dataclass

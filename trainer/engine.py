@@ -103,7 +103,7 @@ class Engine:
             mapping = getattr(p, "_hp_mapping", None)  # None: no element of it lies on this rank
             if mapping is None:
                 continue
-            master, address = mapping.hp_fragment.view(-1), mapping.lp_fragment_address
+            master, address = mapping.hp_fragment.detach().view(-1), mapping.lp_fragment_address
             assert master.dtype == torch.float32 and master.numel() == address.numel
             flat, offset = _locate(master, flats)
             found.append(Fragment(name, tuple(p.shape), address.start, master, rows[name], flat, offset))

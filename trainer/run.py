@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from trainer import checkpoint, flops, provenance
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import Config, digest, to_dict
 from trainer.engine import Engine, build_denoiser, start_process_group
 from trainer.examples import Examples
@@ -41,10 +42,16 @@ class Run:
         self.engine = Engine(config, build_denoiser(config))
         self.clock, self.extras = checkpoint.restore(folder, self.engine, self.say)
         self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
-        snapshot_group = dist.new_group(backend="gloo") if self.world > 1 else None
-        stop.vote_in(dist.new_group(backend="gloo") if self.world > 1 else None)
+        self.resumed_at = self.clock
+        # one group for each thread that talks: votes, snapshots, checkpoints
+        votes, snapshots, checkpoints = (dist.new_group(backend="gloo") if self.world > 1 else None for _ in range(3))
+        stop.vote_in(votes)
         commit = provenance.commit()
-        self.snapshots = SnapshotWriter(folder, self._snapshot_header(commit), self.rank, self.world, snapshot_group)
+        self.snapshots = SnapshotWriter(folder, self._snapshot_header(commit), self.rank, self.world, snapshots)
+        c = config.checkpoints
+        self.checkpoints = CheckpointWriter(
+            folder, self.engine, checkpoints, self.snapshots, c.keep_last, c.keep_every_images
+        )
         m = config.metrics
         self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port)
         self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
@@ -124,24 +131,34 @@ class Run:
         self.metrics.set("evenkeel_snapshots_written_total", self.snapshots.written)
 
     def save(self) -> None:
-        """Make the run's state durable; no checkpoint completes before every snapshot up to its clock is."""
+        """Begin a checkpoint; the loop waits for the copy to host memory only. A full disk is reported, not fatal."""
         started = time.perf_counter()
-        self.snapshots.wait()
-        path = checkpoint.save(
-            self.folder, self.engine, self.clock, self.state.attempt, self.extras, self.config.checkpoints.keep_last
-        )
-        self.state.write(last_checkpoint=self.clock, clock=self.clock)
-        self.metrics.set("evenkeel_checkpoint_clock_images", self.clock)
+        try:
+            self.checkpoints.save(self.clock, self.state.attempt, self.extras)
+        except OSError as error:
+            self.say(f"warning: {error}")
         self.metrics.set("evenkeel_checkpoint_stall_seconds", time.perf_counter() - started)
-        self.say(f"saved {path.relative_to(self.folder)}")
+
+    def note_progress(self) -> None:
+        """Tell others the clock and what is durable."""
+        durable = max(self.checkpoints.durable, self.state.values["last_checkpoint"])
+        self.metrics.set("evenkeel_checkpoint_clock_images", durable)
+        self.state.write(clock=self.clock, last_checkpoint=durable)
 
     def end(self, status: int) -> None:
         """Save, tell, and leave together: no rank goes before all are done saving."""
-        if self.state.values["last_checkpoint"] != self.clock:
-            self.save()
+        try:
+            self.checkpoints.wait()
+        except OSError as error:
+            self.say(f"warning: {error}")
+        if max(self.checkpoints.durable, self.resumed_at) != self.clock:
+            self.checkpoints.save(self.clock, self.state.attempt, self.extras)
+            self.checkpoints.wait()  # raises where the disk is still full: the status must not say that it was saved
+            self.say(f"saved a checkpoint at {self.clock} images")
         self.snapshots.close()
         self.stop.finish()
-        self.state.write(status="finished" if self.ended() else "stopped", clock=self.clock)
+        self.note_progress()
+        self.state.write(status="finished" if self.ended() else "stopped")
         self.say("finished" if self.ended() else f"stopped at {self.clock} images, exit status {status}")
         self.metrics.close()
         self.engine.close()

@@ -97,6 +97,18 @@ class SnapshotWriter:
             self._changed.wait_for(lambda: self._error or not (self._jobs or self._busy))
             self._raise()
 
+    def wait_durable(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        """Return when everything submitted is on disk; raise OSError where a disk without space has not taken it in time."""
+        with self._changed:
+            done = self._changed.wait_for(
+                lambda: self._error or not (self._jobs or self._busy or self._unwritten), timeout=patience_seconds
+            )
+            self._raise()
+            if not done:
+                raise OSError(
+                    errno.ENOSPC, f"{len(self._unwritten) or len(self._jobs)} snapshots still wait for the disk"
+                )
+
     def close(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         """Write what is left and end the thread; raise OSError for snapshots that still find no space after `patience_seconds`."""
         with self._changed:

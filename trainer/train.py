@@ -40,7 +40,7 @@ def train(run: Run) -> int:
             engine.step(rate, run.clock)
         run.meter.check_finite()
         if run.meter.step(run.clock, rate):
-            run.state.write(clock=run.clock)
+            run.note_progress()
         if run.due(config.snapshots.every_images):
             run.take_snapshots()
         if run.due(config.checkpoints.every_images):

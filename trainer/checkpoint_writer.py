@@ -1,0 +1,141 @@
+"""The background service that makes checkpoints durable while training goes on.
+
+`save` copies this rank's state to host memory and returns; a thread per rank writes, and the threads agree over a gloo group of
+their own that all have written before rank 0 renames the folder. One save is in flight at most. What must not break: a checkpoint
+completes only after every snapshot up to its clock is durable, or a kill could lose one.
+"""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from trainer.checkpoint import VERSION, hash_file, list_checkpoints, state
+from trainer.engine import Engine
+from trainer.state import sync_folder, write_atomically
+
+
+class CheckpointWriter:
+    """One per rank, called in the same order on every rank."""
+
+    def __init__(self, run: Path, engine: Engine, group, snapshots, keep_last: int, keep_every_images: int = 0):
+        self.run, self.engine, self.group, self.snapshots = run, engine, group, snapshots
+        self.keep_last, self.keep_every_images = keep_last, keep_every_images
+        self.durable = -1  # clock of the newest checkpoint of this start that is on disk
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, clock: int, life: int, extras: dict) -> None:
+        """Begin to save the state of `clock`; waits for the copy to host memory and for a save still in flight.
+
+        Raises OSError on every rank when the save before could not be written (a full disk); older checkpoints stay.
+        """
+        self.wait()
+        tensors = {f"{kind}/{name}": t.detach().to("cpu", copy=True) for kind, name, _, t in state(self.engine)}
+        if self.engine.rank == 0:
+            tensors |= {f"buffer/{n}": b.detach().to("cpu", copy=True) for n, b in self.engine.buffers().items()}
+        pieces = [[f.name, f.start, f.master.numel()] for f in self.engine.fragments]
+        manifest = {
+            "version": VERSION,
+            "clock": clock,
+            "life": life,
+            "world": self.engine.world,
+            "zero_stage": self.engine.config.engine.zero_stage,
+            "sigma_rel": self.engine.ema.sigma_rel,
+            "adam_step": float(next(iter(self.engine.optimizer.adam.state.values()))["step"]),
+            "extras": extras,
+        }
+        self._thread = threading.Thread(target=self._work, args=(manifest, tensors, pieces), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is in flight; raise what the thread raised, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _work(self, manifest: dict, tensors: dict[str, torch.Tensor], pieces: list) -> None:
+        try:
+            self._write(manifest, tensors, pieces)
+            self.durable = manifest["clock"]
+        except BaseException as error:  # kept for the training thread: `wait` raises it there
+            self._error = error
+
+    def _write(self, manifest: dict, tensors: dict[str, torch.Tensor], pieces: list) -> None:
+        final = self.run / "checkpoints" / f"{manifest['clock']:010d}"
+        beside = final.with_name(f".{final.name}.writing")
+        # in two rounds, and every rank takes part in both: nobody may wait for a rank that failed
+        self._all_did(manifest["clock"], self._make_folder, beside)
+        try:
+            answers = self._all_did(manifest["clock"], self._write_rank_file, beside, tensors, pieces)
+        except OSError:
+            if self.engine.rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+        if self.engine.rank == 0:
+            manifest["files"] = {name: entry for part in answers for name, entry in part.items()}
+            write_atomically(beside / "manifest.json", json.dumps(manifest, indent=1).encode())
+            shutil.rmtree(
+                final, ignore_errors=True
+            )  # only ever a damaged one: a whole one would have been resumed from
+            os.replace(beside, final)
+            sync_folder(final.parent)
+            self._drop_old()
+        self._agree(None)  # durable before any rank counts on it
+
+    def _all_did(self, clock: int, what, *args) -> list:
+        """Do `what` here and return what it returned on each rank; raise OSError everywhere if it could not be done on one."""
+        problem, result = "", None
+        try:
+            result = what(*args)
+        except OSError as error:
+            problem = f"rank {self.engine.rank}: {error}"
+        answers = self._agree((problem, result))
+        problems = [p for p, _ in answers if p]
+        if problems:
+            raise OSError(f"checkpoint at {clock} images not saved: {problems[0]}; those before it are intact")
+        return [r for _, r in answers]
+
+    def _make_folder(self, folder: Path) -> None:
+        if self.engine.rank == 0:
+            self.snapshots.wait_durable()
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def _write_rank_file(self, folder: Path, tensors: dict[str, torch.Tensor], pieces: list) -> dict:
+        path = folder / f"rank{self.engine.rank:05d}.safetensors"
+        save_file(tensors, path)
+        path.chmod(0o666 & ~_UMASK)  # the library makes files that only the owner can read
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+        return {path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path), "pieces": pieces}}
+
+    def _drop_old(self) -> None:
+        every = self.keep_every_images
+        for old in list_checkpoints(self.run)[: -self.keep_last]:
+            if not every or int(old.name) % every:
+                shutil.rmtree(old)
+
+    def _agree(self, mine) -> list:
+        if self.group is None:
+            return [mine]
+        everyone = [None] * self.engine.world
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()  # read once: reading it sets it, which no thread may do
