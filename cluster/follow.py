@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from cluster import job
-from cluster.job import Outcome
+from cluster import endings, job
+from cluster.endings import Outcome
 from cluster.local import Attempt
 from cluster.run_directory import clock, is_finished, read_json, shown
 from trainer.config import Config, format_size
@@ -151,15 +151,14 @@ class Follower:
                 status = self.judge(outcome)
                 if status is not None:
                     break
-                idle, reached = (0, clock(self.run)) if clock(self.run) > reached else (idle + 1, reached)
+                idle, verdict = endings.count_idle(idle, reached, clock(self.run), outcome)
+                reached = max(reached, clock(self.run))
                 if idle > self.config.cluster.max_restarts:
                     self.display.say(f"giving up after {idle} attempts without progress beyond {reached} images")
                     status = outcome.status
                     break
                 number += 1
-                self.display.say(
-                    f"attempt {number - 1} ended with status {outcome.status}; restarting from the last checkpoint"
-                )
+                self.display.say(f"attempt {number - 1} ended with status {outcome.status}; {verdict}")
         finally:
             self.display.close()
         self.report(outcome, status)
@@ -182,9 +181,9 @@ class Follower:
             self.display.show(self.stage())
             time.sleep(LOOK_SECONDS)
         outcome = attempt.outcome()
-        if outcome.status not in (job.FINISHED, job.START_AGAIN, job.INTERRUPTED):
+        if outcome.status not in (endings.FINISHED, endings.START_AGAIN, endings.INTERRUPTED):
             attempt.kill()  # what a crashed trainer may have left, loader processes for instance
-        self.display.show("finished" if outcome.status == job.FINISHED else "stopped")
+        self.display.show("finished" if outcome.status == endings.FINISHED else "stopped")
         return outcome
 
     def stage(self) -> str:
@@ -210,19 +209,19 @@ class Follower:
 
     def judge(self, outcome: Outcome) -> int | None:
         """Return the final exit status, or None for a restart."""
-        if outcome.status == job.FINISHED:
-            return job.FINISHED
+        if outcome.status == endings.FINISHED:
+            return endings.FINISHED
         if self.asked.count(signal.SIGINT) >= 2:
-            return job.INTERRUPTED
-        if self.asked or outcome.status in (job.USER_ERROR, job.INTERRUPTED) or outcome.stage == "finish":
+            return endings.INTERRUPTED
+        if self.asked or outcome.status in (endings.USER_ERROR, endings.INTERRUPTED) or outcome.stage == "finish":
             return outcome.status
         return None
 
     def report(self, outcome: Outcome, status: int) -> None:
         """Say how it ended and what to do next."""
-        if status == job.FINISHED:
+        if status == endings.FINISHED:
             print("\n".join(summary(self.config)))
-        elif status in (job.INTERRUPTED, job.START_AGAIN):
+        elif status in (endings.INTERRUPTED, endings.START_AGAIN):
             print(f"stopped at {clock(self.run)} images; go on with: python cluster/submit.py {shown(self.run)}")
         else:
             print(

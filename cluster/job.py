@@ -1,8 +1,7 @@
-"""What each task of a job runs: the trainer as a child process, and the translation of how it ends.
+"""What each task of a job runs: the trainer as a child process, whose end becomes the task's.
 
-Exit statuses: 0 finished; 2 the user's error, never restart; 75 saved, start again; 130 saved after Ctrl-C, don't restart; 137 and
-all else: a crash. The child is never left behind: it gets our signals, our parent's and submitter's death (as SIGTERM, so that it
-saves), and the kernel tells it of our own. How each rank stands is written to `control`/rank<k>.json for those who watch.
+The child is never left behind: it gets our signals, our parent's and submitter's death (as SIGTERM, so that it saves), and the
+kernel tells it of our own. How each rank stands is written to the attempt's control folder, for cluster/endings.py to read.
 """
 
 import contextlib
@@ -13,16 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import ranks
+from cluster.endings import FINISHED, INTERRUPTED, KILLED, START_AGAIN, asked_status, control_folder, translate
 from cluster.run_directory import is_alive, read_json, write_atomically
 from trainer.config import load
 
-FINISHED, USER_ERROR, START_AGAIN, INTERRUPTED, KILLED = 0, 2, 75, 130, 137
-# Endings that no other rank's end brings about: our own statuses, SIGKILL, SIGSEGV, SIGBUS.
-CERTAIN = (USER_ERROR, START_AGAIN, INTERRUPTED, KILLED, 139, 135)
 POLL_SECONDS = 0.1
 WATCH_SECONDS = 0.5  # how often files of other tasks are looked at
 RESEND_SECONDS = 2.0  # a signal that met the interpreter while it started may be lost
@@ -34,7 +30,7 @@ ENCODING_SILENCE_SECONDS = 600.0
 
 
 def run(plan: dict) -> int:
-    """Run one task by `plan` (run, control, attempt, master_port, submitter) and return its exit status; on Slurm, exit with it."""
+    """Run one task by `plan` (run, attempt; locally master_port, submitter) and return its exit status; on Slurm, exit with it."""
     task = Task(plan)
     task.listen()
     status = task.work()
@@ -48,9 +44,9 @@ class Task:
 
     def __init__(self, plan: dict):
         self.plan, self.place, self.config = plan, ranks.place(), load(Path(plan["run"]) / "config.yaml")
-        self.run, self.control = Path(plan["run"]), Path(plan["control"])
-        self.local = self.place.kind == "local"
+        self.run, self.local = Path(plan["run"]), self.place.kind == "local"
         self.attempt = plan["attempt"] + self.place.restarts
+        self.control = control_folder(self.run, self.attempt)
         self.log = self.run / "logs" / f"{self.attempt:04d}_rank{self.place.rank}.log"
         self.parent = os.getppid()
         self.wanted = 0  # the signal we were asked to stop with
@@ -77,7 +73,7 @@ class Task:
         if status == FINISHED and self.place.rank == 0:
             status = self.finish()
         by = "peer" if self.bad_peer and status == KILLED else "self"
-        self.write(status=status, by=by)
+        self.write(status=status, by=by, asked=bool(self.wanted))
         return status
 
     def write(self, **changes) -> None:
@@ -123,7 +119,7 @@ class Task:
     def train(self) -> int:
         """Run the trainer and return its exit status."""
         self.write(stage="train")
-        return self.supervise(["-m", "trainer.train", str(self.run / "config.yaml")])
+        return self.supervise(["-m", "trainer.train", str(self.run / "config.yaml")], train=True)
 
     def finish(self) -> int:
         """Reconstruct one more EMA length and draw a grid with it, where the config asks for that."""
@@ -154,7 +150,7 @@ class Task:
     # -----------------------------------------------------------------------------------------------------------------
     # One child.
 
-    def supervise(self, arguments: list[str]) -> int:
+    def supervise(self, arguments: list[str], train: bool = False) -> int:
         """Run Python with these arguments in RUN/code until it ends, pass signals on, and translate how it ended."""
         if self.wanted:
             return asked_status(self.wanted)
@@ -166,7 +162,7 @@ class Task:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_before_trainer if train else _die_with_parent,
             )
         sent_at, heartbeat = 0.0, time.monotonic()
         while child.poll() is None:
@@ -174,7 +170,7 @@ class Task:
             now = time.monotonic()
             self.watch()
             if self.wanted and (self.wanted not in self.forwarded or now - sent_at > RESEND_SECONDS):
-                child.send_signal(self.wanted)
+                child.send_signal(self.wanted if train else signal.SIGTERM)
                 self.forwarded.add(self.wanted)
                 sent_at = now
             if self.bad_peer and now > self.bad_peer[2]:
@@ -184,7 +180,7 @@ class Task:
             if now - heartbeat > 30:
                 self.write()
                 heartbeat = now
-        return translate(child.returncode, {*self.forwarded, self.wanted})
+        return translate(child.returncode, self.wanted)
 
     def environment(self) -> dict[str, str]:
         """Return the child's environment."""
@@ -225,50 +221,19 @@ class Task:
             print(f"job: {text}", file=log)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended: the status that decides, and whose it is."""
-
-    status: int
-    rank: int
-    stage: str
-    log: Path
-
-
-def read_outcome(control: Path, fallback_logs: list[Path]) -> Outcome:
-    """Return how the ranks of an ended attempt ended together; `fallback_logs` holds a task's output before its trainer's log."""
-    endings = []
-    for k, fallback in enumerate(fallback_logs):
-        r = read_json(control / f"rank{k}.json")
-        status = KILLED if r.get("status") is None else r["status"]
-        # who was killed is guiltier than who stumbled over the missing peer, and who ended first than who followed
-        order = (status == FINISHED, r.get("by") == "peer", status not in CERTAIN, r.get("time", 0.0))
-        log = Path(r["log"]) if r and Path(r["log"]).is_file() else fallback
-        endings.append((order, Outcome(status, k, r.get("stage", "start"), log)))
-    return min(endings, key=lambda e: e[0])[1]
-
-
 def finish_files(config) -> tuple[Path, Path]:
     """Return where the reconstruction and the grid that follow a run lie."""
     name = f"phema-{config.duration_images:010d}-{config.cluster.finish_sigma_rel:.5f}.safetensors"
     return Path(config.run) / "posthoc" / name, Path(config.run) / "samples" / "grid.png"
 
 
-def asked_status(number: int) -> int:
-    """Return the exit status of a stop that was asked for by this signal."""
-    return INTERRUPTED if number == signal.SIGINT else START_AGAIN
-
-
-def translate(returncode: int, forwarded: set[int]) -> int:
-    """Turn subprocess' return code into an exit status; a child that died of a signal we passed on was only asked too early."""
-    if returncode >= 0:
-        return returncode
-    if -returncode in forwarded:
-        return asked_status(-returncode)
-    return 128 - returncode
-
-
 def _die_with_parent() -> None:
     """Have the kernel send SIGTERM to this process, just forked, when its parent dies (Linux: PR_SET_PDEATHSIG is 1)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _before_trainer() -> None:
+    """Let the interpreter start deaf to SIGINT, which it would answer with status 1 here or there; the trainer listens by itself."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

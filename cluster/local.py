@@ -14,7 +14,7 @@ from pathlib import Path
 
 import submitit
 
-from cluster import job, ranks
+from cluster import endings, job, ranks
 from cluster.run_directory import is_alive, read_json, write_atomically
 from trainer.config import Config
 
@@ -63,11 +63,10 @@ class Attempt:
     def __init__(self, config: Config, number: int):
         self.run, self.number = Path(config.run), number
         self.world = config.cluster.ranks_per_node
-        self.folder = self.run / "logs" / "submitit" / f"{number:04d}"
+        self.folder = endings.control_folder(self.run, number)
         executor = Executor(self.folder, self.run / "code", self.world)
         plan = {
             "run": str(self.run),
-            "control": str(self.folder),
             "attempt": number,
             "master_port": ranks.free_port(),
             "submitter": os.getpid(),
@@ -96,9 +95,11 @@ class Attempt:
         except ProcessLookupError:
             pass  # all gone
 
-    def outcome(self) -> job.Outcome:
+    def outcome(self) -> endings.Outcome:
         """Return how the attempt ended, once nothing of it runs."""
-        return job.read_outcome(self.folder, [self._submitit_log(k) for k in range(self.world)])
+        return endings.read_outcome(
+            self.folder, [self._submitit_log(k) for k in range(self.world)], silent_are_guilty=True
+        )
 
     def _submitit_log(self, rank: int) -> Path:
         """Return where a task's output before its trainer started went."""

@@ -199,6 +199,19 @@ def hold(run: Path) -> int:
     return lock
 
 
+def follower(run: Path) -> tuple[int, str]:
+    """Return pid and host of the submission that holds the run, (0, "") when none does."""
+    try:
+        with open(run / ".lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return 0, ""
+    except BlockingIOError:
+        found = re.fullmatch(r"pid (\d+) on (.+)", (run / ".lock").read_text())
+        return (int(found.group(1)), found.group(2)) if found else (0, "")
+    return 0, ""
+
+
 def runs_training(pid: int) -> bool:
     """Tell whether a process of this machine is a trainer (a pid alone may have been given to somebody else)."""
     try:

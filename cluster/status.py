@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cluster import slurm
 from cluster.follow import Tail, duration, short
-from cluster.run_directory import is_alive, read_state, saved_images, shown
+from cluster.run_directory import read_json, read_state, runs_training, saved_images, shown
 
 COLUMNS = ("run", "state", "clock", "images/s", "left", "saved at", "attempt", "seen", "last error", "logs")
 
@@ -22,10 +23,16 @@ def row(run: Path) -> list[str]:
     if (
         status in ("starting", "running")
         and state.get("host") == socket.gethostname()
-        and not is_alive(state.get("pid", 0))
+        and not runs_training(state.get("pid", 0))
     ):
         status = "gone"  # killed before it could say so
     running = status in ("starting", "running")
+    job_state = slurm.active_state(run)
+    if job_state and (not running or job_state != "RUNNING"):
+        status = job_state  # waiting, or between two lives
+    error = str(state.get("last_error") or "").split("\n")[0]
+    if not running and status != "finished":
+        error = error or read_json(run / "logs" / "verdict.json").get("verdict", "")
     rate, left = values.get("evenkeel_images_per_second"), values.get("evenkeel_eta_seconds")
     clock = short(state.get("clock") or 0) + (f"/{short(state['duration'])}" if state.get("duration") else "")
     return [
@@ -37,7 +44,7 @@ def row(run: Path) -> list[str]:
         short(saved_images(run)),
         str(state.get("attempt") or ""),
         f"{duration(max(0.0, time.time() - state['time']))} ago" if state.get("time") else "",
-        str(state.get("last_error") or "").split("\n")[0],
+        error,
         shown(run / "logs"),
     ]
 

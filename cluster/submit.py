@@ -15,7 +15,7 @@ if not __package__:  # run by path: `cluster` and `trainer` are names that other
 import argparse  # noqa: E402
 import difflib  # noqa: E402
 
-from cluster import follow, job, run_directory  # noqa: E402
+from cluster import endings, follow, job, run_directory, slurm  # noqa: E402
 from cluster.run_directory import shown  # noqa: E402
 from trainer.config import Config, dump, load  # noqa: E402
 
@@ -65,20 +65,20 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         if arguments.dry_run:
             print(dump(config), end="")
+            if config.cluster.kind == "slurm":
+                print(f"\n# sbatch script:\n{slurm.script(config)}")
             return 0
         return submit(config, arguments.fork)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return job.USER_ERROR
+        return endings.USER_ERROR
     except KeyboardInterrupt:
-        return job.INTERRUPTED
+        return endings.INTERRUPTED
 
 
 def check(config: Config) -> None:
     """Raise ValueError where the config asks its cluster for something it cannot do."""
-    if config.cluster.kind == "slurm":
-        raise ValueError("cluster.kind=slurm: not built yet; use cluster.kind=local")
-    if config.cluster.nodes != 1:
+    if config.cluster.kind == "local" and config.cluster.nodes != 1:
         raise ValueError(
             f"cluster.nodes={config.cluster.nodes}: a local run has one node; use cluster.nodes=1 with more "
             "cluster.ranks_per_node, or cluster.kind=slurm"
@@ -92,6 +92,7 @@ def submit(config: Config, fork: str | None) -> int:
         config, lines = run_directory.fork(config, fork, ROOT)
     run = Path(config.run)
     run_directory.check_new(run, ROOT)
+    slurm.check_idle(run)
     run.mkdir(parents=True, exist_ok=True)
     lock = run_directory.hold(run)  # until this process ends
     assert lock >= 0
@@ -100,7 +101,10 @@ def submit(config: Config, fork: str | None) -> int:
     wants_grid = config.cluster.finish_sigma_rel and not job.finish_files(config)[1].is_file()
     if run_directory.is_finished(run) and not wants_grid:
         print("\n".join(follow.summary(config)[1:]))
-        return job.FINISHED
+        return endings.FINISHED
+    if config.cluster.kind == "slurm":
+        print("\n".join(slurm.submit(config)))
+        return endings.FINISHED
     attempt = run_directory.next_attempt(run)
     print(f"logs: {shown(run / 'logs')}/{attempt:04d}_rank*.log", flush=True)
     return follow.Follower(config).follow(attempt)

@@ -1,8 +1,9 @@
 """The table says what the run directories say."""
 
 import json
-import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -31,9 +32,12 @@ def table(capsys, *words):
 def test_table(run, capsys):
     (cells,) = table(capsys)
     assert cells["run"] == "runs/x" and cells["state"] == "not started"
-    tell(run, status="running", clock=3072, duration=4096, attempt=2, pid=os.getpid(), last_error="")
+    trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # trainer.train"])
+    tell(run, status="running", clock=3072, duration=4096, attempt=2, pid=trainer.pid, last_error="")
     (run / "metrics.jsonl").write_text('{"evenkeel_images_per_second": 1200.4, "evenkeel_eta_seconds": 65}\n')
     (cells,) = table(capsys, "runs/x")
+    trainer.kill()
+    trainer.wait()
     want = {
         "state": "running",
         "clock": "3Ki/4Ki",

@@ -15,7 +15,10 @@ from tests.small_checkout import ROOT, submit
 
 @pytest.fixture
 def root(tmp_path):
-    return small_checkout.make(tmp_path)
+    root = small_checkout.make(tmp_path)
+    config = root / "configs/small.yaml"
+    config.write_text(config.read_text().replace("ranks_per_node: 2", "ranks_per_node: 1"))
+    return root
 
 
 def run_in_repository(*words, cwd=ROOT, **variables):
@@ -102,9 +105,9 @@ def test_a_changed_config_is_refused_with_the_differences(root):
 def test_where_it_runs_may_change(root):
     wrong = [{"lives": [1], "clock": 100, "ranks": [0, 1], "status": 130, "save": True}]
     assert submit(root, behave={"wrongs": wrong})[0] == 130
-    status, out, _ = submit(root, "cluster.ranks_per_node=1")
-    assert status == 0 and out.startswith("resuming runs/small at 100 images\n  cluster.ranks_per_node: 2 -> 1\n")
-    assert "ranks_per_node: 1" in (root / "runs/small/config.yaml").read_text()
+    status, out, _ = submit(root, "cluster.ranks_per_node=2")
+    assert status == 0 and out.startswith("resuming runs/small at 100 images\n  cluster.ranks_per_node: 1 -> 2\n")
+    assert "ranks_per_node: 2" in (root / "runs/small/config.yaml").read_text()
 
 
 def test_fork_starts_another_run_from_the_last_checkpoint(root):

@@ -6,29 +6,39 @@ from pathlib import Path
 
 import pytest
 
-from cluster.job import FINISHED, INTERRUPTED, KILLED, START_AGAIN, asked_status, read_outcome, translate
+from cluster.endings import (
+    FINISHED,
+    INTERRUPTED,
+    KILLED,
+    START_AGAIN,
+    Outcome,
+    asked_status,
+    count_idle,
+    read_outcome,
+    translate,
+)
 from cluster.run_directory import differences, next_attempt, read_json
 
 
 @pytest.mark.parametrize(
-    ("returncode", "forwarded", "status"),
+    ("returncode", "wanted", "status"),
     [
-        (0, set(), 0),
-        (2, set(), 2),
-        (75, {signal.SIGTERM}, 75),
-        (130, {signal.SIGINT}, 130),
-        (1, {signal.SIGTERM}, 1),  # a crash while it saved is a crash
-        (-9, set(), 137),
-        (-15, set(), 143),
-        (-15, {signal.SIGTERM}, 75),  # asked before its handlers were there
-        (-12, {signal.SIGUSR2}, 75),
-        (-2, {signal.SIGINT}, 130),
-        (-9, {signal.SIGTERM}, 137),
-        (-11, set(), 139),
+        (0, 0, 0),
+        (2, 0, 2),
+        (75, signal.SIGTERM, 75),
+        (130, signal.SIGINT, 130),
+        (1, signal.SIGTERM, 1),  # a crash while it saved is a crash
+        (-9, 0, 137),
+        (-15, 0, 143),
+        (-15, signal.SIGTERM, 75),  # asked before its handlers were there
+        (-12, signal.SIGUSR2, 75),
+        (-15, signal.SIGINT, 130),  # encoding and drawing are sent SIGTERM
+        (-9, signal.SIGTERM, 137),
+        (-11, 0, 139),
     ],
 )
-def test_translation(returncode, forwarded, status):
-    assert translate(returncode, forwarded) == status
+def test_translation(returncode, wanted, status):
+    assert translate(returncode, wanted) == status
 
 
 def test_what_a_signal_asks_for():
@@ -48,7 +58,8 @@ def test_what_a_signal_asks_for():
         ([(137, 9.0, "peer"), (3, 4.0, "self")], 1, 3),  # killed by us for its peer's sake
         ([(134, 5.5, "self"), (1, 5.0, "self")], 1, 1),  # an abort in a broken collective follows
         ([(0, 1.0, "self"), (1, 5.0, "self")], 1, 1),
-        ([(1, 3.0, "self"), (2, 4.0, "self")], 1, 2),
+        ([(137, 9.0, "peer"), (2, 4.0, "self")], 1, 2),
+        ([(75, 9.0, "self"), (7, 4.0, "self")], 1, 7),  # srun asks the others to stop when one has crashed
         ([(75, 4.0, "self"), (75, 3.0, "self")], 1, START_AGAIN),
         ([(1, 4.0, "self"), (75, 3.0, "self")], 1, START_AGAIN),  # left early, and the other stumbled
         ([(130, 4.0, "self"), (130, 3.0, "self")], 1, INTERRUPTED),
@@ -61,12 +72,29 @@ def test_whose_end_decides(tmp_path, endings, rank, status):
         if ending:
             record.update(zip(("status", "time", "by"), ending))
         (tmp_path / f"rank{k}.json").write_text(json.dumps(record))
-    outcome = read_outcome(tmp_path, [Path("a"), Path("b")])
+    outcome = read_outcome(tmp_path, [Path("a"), Path("b")], silent_are_guilty=True)
     assert (outcome.rank, outcome.status, outcome.log) == (rank, status, Path("ab"[rank]))
 
 
+def test_under_srun_the_silent_ones_are_victims(tmp_path):
+    for k, status in enumerate((None, 7)):
+        (tmp_path / f"rank{k}.json").write_text(
+            json.dumps({"log": "", "stage": "train", "status": status, "time": 4.0 + k})
+        )
+    outcome = read_outcome(tmp_path, [Path("a"), Path("b")], silent_are_guilty=False)
+    assert (outcome.rank, outcome.status, outcome.asked) == (1, 7, False)
+
+
+@pytest.mark.parametrize(
+    ("idle", "reached", "clock", "status", "asked", "then"),
+    [(2, 100, 101, 1, False, 0), (0, 100, 100, 1, False, 1), (2, 100, 90, 75, False, 3), (2, 100, 100, 75, True, 2)],
+)
+def test_attempts_without_progress_are_counted_unless_they_were_told_to_stop(idle, reached, clock, status, asked, then):
+    assert count_idle(idle, reached, clock, Outcome(status, 0, "train", Path("a"), asked))[0] == then
+
+
 def test_a_task_that_never_began(tmp_path):
-    outcome = read_outcome(tmp_path, [Path("a")])
+    outcome = read_outcome(tmp_path, [Path("a")], silent_are_guilty=True)
     assert (outcome.status, outcome.stage) == (KILLED, "start")
 
 

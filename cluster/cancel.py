@@ -1,0 +1,77 @@
+"""Stop a run in good order: it saves a checkpoint, then leaves, and is not restarted. `python -m cluster.cancel RUN [--now]`"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cluster import slurm
+from cluster.run_directory import follower, read_state, runs_training, saved_images, shown, write_atomically
+
+LOOK_SECONDS = 0.5
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Ask the run to stop, wait until it has, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.cancel", description="Stop a run: save, then leave.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--now", action="store_true", help="do not wait for a checkpoint: lose what came after the last one"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        print(cancel(arguments.run.resolve(), arguments.now))
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def cancel(run: Path, now: bool) -> str:
+    """Stop the run and return a line that says what happened; ValueError when nothing of it is active."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{shown(run)}: no run directory (it has no config.yaml); try: ls runs")
+    state = slurm.active_state(run)
+    if state:
+        return _cancel_job(run, slurm.job_of(run), state, now)
+    pid, host = follower(run)
+    trainer = read_state(run)
+    if pid and host != socket.gethostname():
+        raise ValueError(f"{shown(run)} is followed by pid {pid} on {host}; run this there")
+    if not pid and trainer.get("host") == socket.gethostname() and runs_training(int(trainer.get("pid") or 0)):
+        pid = int(trainer["pid"])  # started by hand
+    if not pid:
+        raise ValueError(f"{shown(run)} is not active; python -m cluster.status {shown(run)} says how it stands")
+    for _ in range(2 if now else 1):  # the second Ctrl-C kills
+        os.kill(pid, signal.SIGINT)
+        time.sleep(LOOK_SECONDS)
+    _wait(lambda: follower(run)[0] == pid or runs_training(pid), f"pid {pid}")
+    return f"{shown(run)} is stopped at {saved_images(run)} images"
+
+
+def _cancel_job(run: Path, job_id: str, state: str, now: bool) -> str:
+    write_atomically(run / "logs" / "cancelled.json", json.dumps({"job_id": job_id}))  # cluster/requeue.py heeds it
+    signals = [] if now or state not in ("RUNNING", "SUSPENDED") else ["--signal=INT"]
+    done = subprocess.run(["scancel", *signals, job_id], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"scancel {job_id}: {done.stderr.strip()}")
+    _wait(lambda: slurm.state_of(job_id) not in slurm.OVER, f"Slurm job {job_id}")
+    return f"{shown(run)} is stopped at {saved_images(run)} images; Slurm job {job_id} is {slurm.state_of(job_id) or 'gone'}"
+
+
+def _wait(active, what: str) -> None:
+    started = told = time.monotonic()
+    while active():
+        time.sleep(LOOK_SECONDS)
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            print(f"waiting for {what} to save and leave, {told - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What the batch script asks when all ranks have ended: again, or is that all? (`python -m cluster.requeue`, inside a job only)
+
+The restart policy of cluster/follow.py with Slurm as the one who restarts. A job that Slurm is already taking down (scancel,
+preemption) is left to Slurm: only one that is still RUNNING in its eyes is requeued by us.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster import endings, slurm
+from cluster.run_directory import clock, read_json, write_atomically
+from trainer.config import load
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Decide by the ranks' records, requeue if need be, and return the batch script's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.requeue")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--attempt", type=int, required=True, help="the job's first attempt")
+    parser.add_argument("--status", type=int, required=True, help="srun's exit status")
+    a = parser.parse_args(argv)
+    if a.status == endings.FINISHED:
+        return endings.FINISHED
+    job_id, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    config = load(a.run / "config.yaml")
+    world = config.cluster.nodes * config.cluster.ranks_per_node
+    logs = a.run / "logs" / "submitit" / "slurm"
+    control = endings.control_folder(a.run, a.attempt + restarts)
+    outcome = endings.read_outcome(
+        control, [logs / f"{job_id}_{k}_log.out" for k in range(world)], silent_are_guilty=False
+    )
+    again, verdict = decide(a.run, outcome, job_id, config.cluster.max_restarts)
+    verdict = f"attempt {a.attempt + restarts}: rank {outcome.rank} ended with status {outcome.status}; {verdict}"
+    print(f"requeue: {verdict}; log: {outcome.log}", flush=True)
+    write_atomically(
+        a.run / "logs" / "verdict.json", json.dumps({"verdict": verdict, "log": str(outcome.log), "again": again})
+    )
+    if again:
+        done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
+        if done.returncode != 0:
+            print(f"requeue: Slurm refused: {done.stderr.strip()}", flush=True)
+    return outcome.status or a.status
+
+
+def decide(run: Path, outcome: endings.Outcome, job_id: str, max_restarts: int) -> tuple[bool, str]:
+    """Return whether to start again, and why (not)."""
+    if read_json(run / "logs" / "cancelled.json").get("job_id") == job_id:
+        return False, "stopped because cluster.cancel asked for it"
+    if outcome.status in (endings.USER_ERROR, endings.INTERRUPTED) or outcome.stage == "finish":
+        return False, "a restart would not help"
+    state = slurm.describe_job(job_id).get("JobState", "unknown")
+    if state != "RUNNING":
+        return False, f"left to Slurm, where the job is {state}"
+    before = read_json(run / "logs" / "progress.json")
+    idle, verdict = endings.count_idle(before.get("idle", 0), before.get("clock", -1), clock(run), outcome)
+    write_atomically(
+        run / "logs" / "progress.json", json.dumps({"clock": max(clock(run), before.get("clock", -1)), "idle": idle})
+    )
+    if idle > max_restarts:
+        return (
+            False,
+            f"{idle} attempts in a row without progress beyond {clock(run)} images, more than cluster.max_restarts={max_restarts}",
+        )
+    return True, verdict
+
+
+if __name__ == "__main__":
+    sys.exit(main())
