@@ -43,8 +43,13 @@ def find_shards(folder: Path) -> tuple[str, list[Path]]:
     return "webdataset", tars
 
 
-def adopt(path, codec: str | None, progress=lambda text: print(text, file=sys.stderr)) -> Manifest:
-    """Index a folder of foreign shards and write its manifest, unless another process was quicker."""
+def adopt(
+    path, codec: str | None, label_dim: int | None = None, progress=lambda text: print(text, file=sys.stderr)
+) -> Manifest:
+    """Index a folder of foreign shards and write its manifest, unless another process was quicker.
+
+    `label_dim` is the number of classes where the shards do not show all of them.
+    """
     folder = Path(path)
     if codec is None:
         raise ValueError(f"{folder} has shards and no manifest; say which codec made them: data.codec, or --codec")
@@ -69,9 +74,8 @@ def adopt(path, codec: str | None, progress=lambda text: print(text, file=sys.st
             digest = index.write(folder / manifest.index_name(file.name), rows)
             shards.append(manifest.Shard(file.name, len(rows), file.stat().st_size, wds.hash_file(file), digest))
             progress(f"indexed {file.name} ({number}/{len(files)}): {len(rows)} samples")
-        made = statistics.manifest(
-            codec=codec, codec_hash="", layout=layout, shards=shards, container=container, source=folder.name
-        )
+        common = {"codec": codec, "codec_hash": "", "layout": layout, "label_dim": label_dim}
+        made = statistics.manifest(shards=shards, container=container, source=folder.name, **common)
         manifest.save(made, folder)
         return made
 
@@ -80,9 +84,10 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.adopt", description="Index foreign shards in place.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--codec", required=True, help="what made the samples: pixels, sd-vae-ft-mse, ...")
+    parser.add_argument("--label-dim", type=int, help="number of classes, where the shards do not show all of them")
     args = parser.parse_args(argv)
     try:
-        made = adopt(args.folder, args.codec)
+        made = adopt(args.folder, args.codec, args.label_dim)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

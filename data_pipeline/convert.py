@@ -153,7 +153,9 @@ def _write_shard(folder: Path, name: str, container: str, samples, layout: Layou
     return shard
 
 
-def write_folder(source: Input, folder: Path, container: str, dtype: str | None) -> Manifest:
+def write_folder(
+    source: Input, folder: Path, container: str, dtype: str | None, label_dim: int | None = None
+) -> Manifest:
     """Write shards, indices and, last, the manifest."""
     if (folder / manifest.NAME).exists():
         raise ValueError(f"{folder} holds a dataset already; delete it or name another folder")
@@ -175,7 +177,7 @@ def write_folder(source: Input, folder: Path, container: str, dtype: str | None)
     if container == "mds":
         manifest.write_atomically(folder / "index.json", mds.index_json(shards, layout, labelled))
     common = {"layout": layout, "shards": shards, "container": container, "source": source.name}
-    made = statistics.manifest(codec=source.codec, codec_hash="", **common)
+    made = statistics.manifest(codec=source.codec, codec_hash="", label_dim=label_dim, **common)
     if m := source.known:
         carried = {
             "codec_hash": m.codec_hash,
@@ -244,6 +246,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--samples-per-shard", type=int, default=1024, help="when reading a zip; shards keep their sizes"
     )
+    parser.add_argument("--label-dim", type=int, help="number of classes, where the source does not show all of them")
     parser.add_argument("--keep-order", action="store_true", help="do not mix a zip's samples over the shards")
     args = parser.parse_args(argv)
     try:
@@ -260,7 +263,7 @@ def main(argv=None) -> int:
                 raise ValueError("--dtype float16 does not go with edm2-zip, which holds float32; leave it out")
             print(f"{args.target}: {write_zip(source, args.target)} samples")
         else:
-            made = write_folder(source, args.target, args.format, args.dtype)
+            made = write_folder(source, args.target, args.format, args.dtype, args.label_dim)
             print(
                 f"{args.target}: {made.num_samples} samples {made.dtype} {list(made.shape)} in {len(made.shards)} shards"
             )

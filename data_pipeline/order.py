@@ -5,6 +5,11 @@ window, so that an object store sees sequential reads of a few shards at a time;
 permutation. Nothing but integers goes in: any position can be started from, on any number of ranks. The hash is ours
 (splitmix64, Steele et al. 2014) and the sort is stable, so the order depends on no library's generator. A maintainer must
 never change what it returns.
+
+Quality, measured over 64 shards of 64 (tests/test_order.py): whatever the window, samples move as far from their place as by a
+full permutation; but 256 consecutive samples mix `window` shards only (at least four): 16 of 64 at window 16, 62.9 by a full
+permutation. So shards must not be sorted by class: `encode` and `convert` mix a source over its shards, once; for shards that
+someone else sorted, set the window to the number of shards.
 """
 
 from functools import lru_cache

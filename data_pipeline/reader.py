@@ -4,6 +4,9 @@ It knows nothing of tars or MDS: an index says where each array lies, whatever t
 or pread, threads, no worker processes, nothing in /dev/shm), checks every sample against the index's xxh3-64, and never shortens a
 batch: a bad sample either stops the run with one line or is replaced by a rule that depends on nothing but the data and the
 quarantine list. `batch(positions)` is a pure function of its argument; a maintainer must keep it so.
+
+Memory: the batches that were asked for or hinted at (depth + 1), the indices of `max_open` shards (0.2 MB each at 1,024 samples),
+one or two windows of sample ids (8 bytes each); mapped shards are page cache, which the kernel takes back when it wants.
 """
 
 import threading

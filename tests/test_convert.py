@@ -64,8 +64,10 @@ def test_edm2_zip_round_trip_is_lossless(tmp_path):
         batch, ids = source.batch(np.arange(30)), source.sample_ids(np.arange(30))
     assert (batch.stored.numpy() == np.stack([samples[i][1] for i in ids])).all()
     assert batch.labels.tolist() == [samples[i][2] for i in ids]
-    assert run(tmp_path / "x.zip", tmp_path / "full", "--format", "mds") == 0
-    assert manifest.load(tmp_path / "full").dtype == "float32"
+    assert run(tmp_path / "x.zip", tmp_path / "full", "--format", "mds", "--label-dim", 1000) == 0
+    m = manifest.load(tmp_path / "full")
+    assert (m.dtype, m.label_dim, m.classes_present) == ("float32", 1000, (0, 1, 2, 3, 4))
+    assert run(tmp_path / "x.zip", tmp_path / "small", "--format", "mds", "--label-dim", 2) == 2
 
 
 @pytest.mark.parametrize("channels", [1, 3])

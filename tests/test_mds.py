@@ -128,6 +128,14 @@ def test_a_damaged_head_never_gives_other_arrays(tmp_path):
             assert (rows["offset"] == good["offset"]).all() and (rows["hash"] == good["hash"]).all()
 
 
+def test_adopt_command(tmp_path, capsys):
+    shutil.copytree(LIBRARY, tmp_path / "d")
+    assert adopt.main([str(tmp_path / "d"), "--codec", "mine", "--label-dim", "9"]) == 0
+    assert manifest.load(tmp_path / "d").class_counts == (5, 5, 5, 5, 5, 0, 0, 0, 0)
+    assert adopt.main([str(tmp_path), "--codec", "mine"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
