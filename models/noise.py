@@ -42,10 +42,19 @@ COSINE = Shape(  # sech(z/2) / (2 pi); written with exp(-|z|/2) so that nothing 
 class Density:
     """A symmetric density over logSNR moved to `location`, stretched by `scale`, cut to [low, high] and renormalised."""
 
-    def __init__(self, shape: Shape, location: float, scale: float, low: float = -math.inf, high: float = math.inf):
+    def __init__(
+        self,
+        shape: Shape,
+        location: float,
+        scale: float,
+        sigma_data: float,
+        low: float = -math.inf,
+        high: float = math.inf,
+    ):
         if not scale > 0:
             raise ValueError(f"noise density of scale {scale}: a scale above 0 is needed; correct the noise group")
-        self.shape, self.location, self.scale, self.low, self.high = shape, location, scale, low, high
+        self.shape, self.location, self.scale, self.sigma_data = shape, location, scale, sigma_data
+        self.low, self.high = low, high
         ends = torch.tensor([low, high], dtype=torch.float64)
         below, above = shape.cdf(self._standard(ends)), shape.cdf(-self._standard(ends))
         self.below, self.above = below.tolist(), above.tolist()  # mass below and above each end
@@ -55,7 +64,6 @@ class Density:
             raise ValueError(
                 f"noise density has no mass for logSNR in [{low:.4g}, {high:.4g}]: widen sigma_min and sigma_max"
             )
-        self.sigma_data = 0.5  # set by density()
 
     def _standard(self, logsnr: Tensor) -> Tensor:
         return (torch.as_tensor(logsnr, dtype=torch.float64) - self.location) / self.scale
@@ -137,6 +145,4 @@ def density(noise: dict, sigma_data: float) -> Density:
         raise ValueError(
             f"noise.sigma_min {sigma_min} is not below noise.sigma_max {sigma_max}: exchange or widen them"
         )
-    result = Density(shape, location, scale, low, high)
-    result.sigma_data = sigma_data
-    return result
+    return Density(shape, location, scale, sigma_data, low, high)

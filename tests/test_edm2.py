@@ -189,10 +189,12 @@ def test_activations_are_clipped_and_counted(batch):
     x, sigma, labels = batch
     magnitudes = trained_like({"clip_act": 0.5})(x, sigma, labels, collect=True)[2]
     assert any(value > 0.1 for name, value in magnitudes.items() if name.endswith(".clipped"))
-    block = Block(4, 4, 4, encoder=False, clip_act=0.5)
-    assert block(torch.randn(2, 4, 4, 4), torch.randn(2, 4))[0].abs().max() == 0.5
+    block, inputs = Block(4, 4, 4, encoder=False, clip_act=0.5), (torch.randn(2, 4, 4, 4), torch.randn(2, 4))
+    clipped, seen = block(*inputs, collect=True)
     block.clip_act = 0
-    assert block(torch.randn(2, 4, 4, 4), torch.randn(2, 4))[0].abs().max() > 0.5
+    free, nothing = block(*inputs, collect=True)
+    assert clipped.abs().max() == 0.5 < free.abs().max() and torch.equal(clipped, free.clamp(-0.5, 0.5))
+    assert seen["clipped"] == (free.abs() > 0.5).float().mean() and "clipped" not in nothing
 
 
 def keep_mask(layer, shape):
