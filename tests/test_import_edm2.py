@@ -178,6 +178,19 @@ def test_an_existing_file_survives_a_refusal(tmp_path):
     assert target.read_text() == "precious"
 
 
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, capsys):
+    def full_disk(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "out.safetensors"
+    target.write_text("precious")
+    monkeypatch.setattr(import_edm2, "save_file", full_disk)
+    assert import_edm2.main([str(PICKLE), str(target)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]
+
+
 def test_allowed_names_are_never_the_real_things():
     unpickler = inert_pickle.InertUnpickler(io.BytesIO())
     for module, name in inert_pickle.ALLOWED:
