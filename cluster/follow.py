@@ -195,17 +195,18 @@ class Follower:
 
     def pass_on(self) -> None:
         """Hand signals that came to us on to the job: the first asks it to save, a second Ctrl-C ends it."""
-        if len(self.asked) == self.passed_on:
+        asked = list(self.asked)  # another signal may come while we talk about this one
+        if len(asked) == self.passed_on:
             return
-        if self.asked.count(signal.SIGINT) >= 2:
+        if asked.count(signal.SIGINT) >= 2:
             self.display.say("killed; the last checkpoint is intact")
             self.attempt.kill()
         elif not self.passed_on:
-            first = signal.Signals(self.asked[0])
+            first = signal.Signals(asked[0])
             again = " (Ctrl-C again kills it)" if first == signal.SIGINT else ""
             self.display.say(f"stopping: saving a checkpoint ...{again}")
             self.attempt.stop(signal.SIGINT if first == signal.SIGINT else signal.SIGTERM)
-        self.passed_on = len(self.asked)
+        self.passed_on = len(asked)
 
     def judge(self, outcome: Outcome) -> int | None:
         """Return the final exit status, or None for a restart."""

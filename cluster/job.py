@@ -21,7 +21,7 @@ from trainer.config import load
 
 POLL_SECONDS = 0.1
 WATCH_SECONDS = 0.5  # how often files of other tasks are looked at
-RESEND_SECONDS = 2.0  # a signal that met the interpreter while it started may be lost
+RESEND_SECONDS = 1.0  # a signal that met the interpreter while it started may be lost
 # What the others get when one rank has ended badly (the role srun's --kill-on-bad-exit plays on Slurm). After an orderly stop
 # they have passed the same barrier and only have to take down the interpreter.
 GRACE_SECONDS = {START_AGAIN: 60.0, INTERRUPTED: 60.0}
@@ -234,6 +234,6 @@ def _die_with_parent() -> None:
 
 
 def _before_trainer() -> None:
-    """Let the interpreter start deaf to SIGINT, which it would answer with status 1 here or there; the trainer listens by itself."""
+    """Let the interpreter start deaf to SIGINT, which it may answer with status 1; the trainer itself listens to it."""
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -60,7 +60,7 @@ def test_ctrl_c_saves_and_the_next_submission_goes_on(root):
 
 @pytest.mark.parametrize("words", [[], ["data.encode_from=slow"]])
 def test_ctrl_c_while_the_trainer_starts_or_encodes(root, words):
-    process = start(root, *words, behave={"deaf_seconds": 3})
+    process = start(root, *words, behave={"deaf_seconds": 3, "step_seconds": 0.5})
     wait_for((root / "runs/small/logs/submitit/0001/rank0.json").exists)
     interrupt(process)
     process.communicate(timeout=30)
