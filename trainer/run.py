@@ -21,6 +21,7 @@ from trainer.metrics import Metrics
 from trainer.snapshot_writer import SnapshotWriter
 from trainer.state import RunState
 from trainer.stop import Stop
+from trainer.watchdog import Watchdog
 
 
 class Run:
@@ -57,6 +58,7 @@ class Run:
         self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
         per_image = flops.count(to_dict(config)["model"]).training_flops_per_image
         self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, per_image)
+        self.watchdog = Watchdog(folder, self.rank, self.world, self.state.attempt, config.engine.hang_seconds)
         self.state.write(status="running", clock=self.clock)
 
     def _snapshot_header(self, commit: str) -> dict:
@@ -97,11 +99,16 @@ class Run:
     def ended(self) -> bool:
         return self.clock >= self.config.duration_images
 
+    def phase(self, name: str):
+        """Enter a part of the step: its time is measured, and the watchdog hears of it."""
+        self.watchdog.alive(name)
+        return self.meter.phase(name)
+
     def forward_backward(self, positions) -> None:
         """Accumulate the gradient of one micro-batch."""
-        with self.meter.phase("data"):
+        with self.phase("data"):
             e = self.examples.at(positions)
-        with self.meter.phase("forward"):
+        with self.phase("forward"):
             losses, parts = denoising_loss(
                 self.engine.denoiser,
                 e.latents,
@@ -115,12 +122,13 @@ class Run:
                 dropout_mask=self.examples.dropout_mask(e.positions),
                 collect=self.meter.wants_magnitudes(),
             )
-        with self.meter.phase("backward"):
+        with self.phase("backward"):
             self.engine.backward(losses.sum())
         self.meter.losses(e.positions, losses, parts)
 
     def take_snapshots(self) -> None:
         """Hand copies of the averages to the snapshot service."""
+        self.watchdog.alive("snapshot")
         started = time.perf_counter()
         for sigma_rel, average in zip(self.engine.ema.sigma_rel, self.engine.ema.averages, strict=True):
             pieces = [
@@ -132,6 +140,7 @@ class Run:
 
     def save(self) -> None:
         """Begin a checkpoint; the loop waits for the copy to host memory only. A full disk is reported, not fatal."""
+        self.watchdog.alive("checkpoint")
         started = time.perf_counter()
         try:
             self.checkpoints.save(self.clock, self.state.attempt, self.extras)
@@ -147,6 +156,7 @@ class Run:
 
     def end(self, status: int) -> None:
         """Save, tell, and leave together: no rank goes before all are done saving."""
+        self.watchdog.close()  # a last save may wait for a full disk longer than any step
         try:
             self.checkpoints.wait()
         except OSError as error:

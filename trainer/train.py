@@ -36,7 +36,7 @@ def train(run: Run) -> int:
         for positions in micro_batches(run.clock, config.global_batch, config.micro_batch, run.rank, run.world):
             run.forward_backward(positions)
         run.clock += config.global_batch
-        with run.meter.phase("optimizer"):
+        with run.phase("optimizer"):
             engine.step(rate, run.clock)
         run.meter.check_finite()
         if run.meter.step(run.clock, rate):

@@ -1,0 +1,22 @@
+"""A rank that hangs is named, stacks are dumped, and the job asks to be started again."""
+
+import json
+import os
+import signal
+
+from tests.test_resume import data, finish, start, wait_for_clock  # noqa: F401 - data is a fixture
+from trainer.stop import START_AGAIN
+
+
+def test_a_hanging_rank_is_named_by_the_others_and_the_run_goes_on_afterwards(data, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    ranks = start(run, data, "engine.hang_seconds=3")
+    wait_for_clock(run, 128, ranks)
+    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+    assert ranks.processes[0].wait(60) == START_AGAIN, ranks.output()
+    ranks.kill()
+    assert "rank 1 hangs" in ranks.output() and "rank 1: no answer" in ranks.output()
+    stacks = next((run / "logs").glob("*_rank0.stacks")).read_text()
+    assert "trainer/train.py" in stacks, "the stack shows where the main thread stood"
+    finish(run, data)
+    assert json.loads((run / "state.json").read_text())["status"] == "finished"
