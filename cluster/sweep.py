@@ -31,6 +31,7 @@ from trainer.config import parse_size, read_yaml  # noqa: E402
 from trainer.ema_profiles import gamma_from_sigma_rel, parse_range  # noqa: E402
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
+METRICS = ("loss", "latent", "fid", "fd_dinov2", "digits")  # of trainer.evaluate, which needs torch (a test compares)
 
 
 @dataclasses.dataclass
@@ -64,21 +65,31 @@ class Sweep:
         absent = sorted({s for s, _ in points if not self.reconstruction(s).is_file()})
         self.folder.mkdir(parents=True, exist_ok=True)
         if absent:
-            listed = ",".join(f"{s:g}" for s in absent)
-            out = str(self.reconstruction(absent[0])) if len(absent) == 1 else str(self.folder)
-            self.execute([["trainer.posthoc", str(self.run), "--sigma-rel", listed, "--at", str(self.clock), "--out", out]
-                          + ["--max-error", self.max_error]])  # fmt: skip
+            self.reconstruct(absent)
         commands = []
         for g in guidances:
             files = [str(self.reconstruction(s)) for s, of in points if of == g]
-            weight = ["--guidance", f"{g:g}"] if g != 1 else ["--guidance", "1"]
-            end = ["--metric", ",".join(self.metrics), "--results", str(self.result(0.1, g).parent), *weight]
+            end = [
+                "--metric",
+                ",".join(self.metrics),
+                "--results",
+                str(self.result(0.1, g).parent),
+                "--guidance",
+                f"{g:g}",
+            ]
             # on one machine a process measures many; a job array has one element each
             for part in [files] if self.kind == "local" and files else [[f] for f in files]:
                 commands.append(["trainer.evaluate", *part, *end, *self.of_guidance(g)])
         if commands:
             print(f"measuring {len(points)} networks: {', '.join(self.metrics)}", flush=True)
             self.execute(commands)
+
+    def reconstruct(self, lengths: list[float]) -> None:
+        """Make the reconstructions of these lengths in one pass."""
+        out = self.reconstruction(lengths[0]) if len(lengths) == 1 else self.folder
+        listed = ",".join(f"{s:g}" for s in lengths)
+        command = ["trainer.posthoc", str(self.run), "--sigma-rel", listed, "--at", str(self.clock)]
+        self.execute([[*command, "--out", str(out), "--max-error", self.max_error]])
 
     def of_guidance(self, guidance: float) -> list[str]:
         """Return the options for this weight: a guide is only named where it guides."""
@@ -116,32 +127,33 @@ def best_of(rows: list[dict], metric: str, better: str) -> dict:
 
 
 def refine(sweep: Sweep, lengths: list[float], guidances: list[float], steps: int) -> list[float]:
-    """Add `steps` lengths by golden-section search around the best of the grid; return all lengths."""
+    """Measure up to `steps` more lengths by golden-section search around the grid's best; return them.
+
+    At an end of the grid there is nothing to search between: widen the range.
+    """
+    metric, better = sweep.metrics[0], sweep.better()[0]
     lengths = sorted(lengths)
-    better = sweep.better()[0]
-    best = best_of(sweep.rows(lengths, guidances), sweep.metrics[0], better)
+    best = best_of(sweep.rows(lengths, guidances), metric, better)
     at = lengths.index(best["sigma_rel"])
-    low, high = lengths[max(at - 1, 0)], lengths[min(at + 1, len(lengths) - 1)]
-    middle = best["sigma_rel"] if low < best["sigma_rel"] < high else None
+    if not 0 < at < len(lengths) - 1:
+        print(f"the best length, {best['sigma_rel']:g}, is an end of the range; widen --sigma-rel to refine")
+        return []
+    low, middle, high = lengths[at - 1 : at + 2]
+    value, probes = best[metric], []
     for _ in range(steps):
-        upper = middle is None or high - middle > middle - low  # probe the longer side
-        if middle is None:
-            probe = high - GOLDEN_RATIO * (high - low)
-        else:
-            probe = middle + (1 - GOLDEN_RATIO) * (high - middle if upper else low - middle)
-        probe = round(probe, 5)
-        if probe in lengths:
+        side = high if high - middle > middle - low else low  # probe the longer side
+        probe = round(middle + (1 - GOLDEN_RATIO) * (side - middle), 5)
+        if probe in (low, middle, high):
             break  # as fine as file names tell lengths apart
         sweep.measure([probe], [best["guidance"]])
-        (value,) = (r[sweep.metrics[0]] for r in sweep.rows([probe], [best["guidance"]]))
-        wins = middle is None or (value < best[sweep.metrics[0]]) == (better == "low")
-        if wins:
-            low, high = (middle or low, high) if upper else (low, middle or high)
-            middle, best = probe, best | {"sigma_rel": probe, sweep.metrics[0]: value}
+        probes.append(probe)
+        (found,) = (row[metric] for row in sweep.rows([probe], [best["guidance"]]))
+        if found < value if better == "low" else found > value:
+            low, middle, high = (middle, probe, high) if side == high else (low, probe, middle)
+            value = found
         else:
-            low, high = (low, probe) if upper else (probe, high)
-        lengths.append(probe)
-    return sorted(lengths)
+            low, high = (low, probe) if side == high else (probe, high)
+    return probes
 
 
 def last_clock(run: Path) -> int:
@@ -171,16 +183,18 @@ def write_results(sweep: Sweep, rows: list[dict], keep: bool) -> list[str]:
     best = best_of(rows, sweep.metrics[0], better[0])
     source, target = sweep.reconstruction(best["sigma_rel"]), out / "best.safetensors"
     if not source.is_file():  # measured in an earlier call that cleared up after itself
-        sweep.execute([["trainer.posthoc", str(sweep.run), "--sigma-rel", f"{best['sigma_rel']:g}", "--at", str(sweep.clock)]
-                       + ["--out", str(source), "--max-error", sweep.max_error]])  # fmt: skip
+        sweep.reconstruct([best["sigma_rel"]])
     beside = out / f".best.{os.getpid()}.writing"
     shutil.copyfile(source, beside)
     os.replace(beside, target)
     if not keep:
         for path in sweep.folder.glob("phema-*.safetensors"):
             path.unlink()
-    lines = [f"best {m}: {(b := best_of(rows, m, way))[m]:.6g} at sigma_rel {b['sigma_rel']:g}"
-             + (f", guidance {b['guidance']:g}" if b["guidance"] != 1 else "") for m, way in zip(sweep.metrics, better)]  # fmt: skip
+    lines = []
+    for metric, way in zip(sweep.metrics, better):
+        row = best_of(rows, metric, way)
+        guided = f", guidance {row['guidance']:g}" if row["guidance"] != 1 else ""
+        lines.append(f"best {metric}: {row[metric]:.6g} at sigma_rel {row['sigma_rel']:g}{guided}")
     return [*lines, f"wrote {shown(out / 'sweep.csv')}, {shown(out / 'sweep.png')} and {shown(target)}"]
 
 
@@ -194,9 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--sigma-rel", required=True, help="0.02:0.20:0.01 (end included) or a list")
     parser.add_argument("--guidance", default="1", help="weights, 1.0:2.0:0.2 or a list (default: none)")
-    parser.add_argument(
-        "--metric", default="loss", help="one or more of loss, latent, fid, fd_dinov2, digits; the first decides"
-    )
+    parser.add_argument("--metric", default="loss", help=f"one or more of {', '.join(METRICS)}; the first decides")
     parser.add_argument("--at", help="clock in images, such as 1280Mi (default: the last snapshot)")
     parser.add_argument(
         "--refine", type=int, default=0, metavar="STEPS", help="golden-section steps around the grid's best"
@@ -224,17 +236,17 @@ def main(argv: list[str] | None = None) -> int:
         kind = options.kind or (
             read_yaml(config).get("cluster", {}).get("kind", "local") if config.is_file() else "local"
         )
-        sweep = Sweep(run, clock, options.metric.split(","), others, options.max_error, kind)
+        metrics = options.metric.split(",")
+        for metric in metrics:
+            if metric not in METRICS:
+                raise ValueError(f"--metric {metric}: known are {', '.join(METRICS)}")
+        sweep = Sweep(run, clock, metrics, others, options.max_error, kind)
         sweep.measure(lengths, guidances)
-        all_lengths = refine(sweep, lengths, guidances, options.refine) if options.refine else lengths
         rows = sweep.rows(lengths, guidances)
-        extra = set(all_lengths) - set(lengths)
-        rows += [
-            r for g in guidances for s in sorted(extra) if sweep.result(s, g).is_file() for r in sweep.rows([s], [g])
-        ]
-        print(
-            "\n".join(write_results(sweep, sorted(rows, key=lambda r: (r["guidance"], r["sigma_rel"])), options.keep))
-        )
+        for probe in refine(sweep, lengths, guidances, options.refine) if options.refine else []:
+            rows += [row for g in guidances if sweep.result(probe, g).is_file() for row in sweep.rows([probe], [g])]
+        rows.sort(key=lambda row: (row["guidance"], row["sigma_rel"]))
+        print("\n".join(write_results(sweep, rows, options.keep)))
     except (ValueError, OSError, subprocess.SubprocessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

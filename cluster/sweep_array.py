@@ -1,10 +1,10 @@
 """Run the children of a sweep: one after another here, or all at once as a Slurm job array (submitit)."""
 
 import os
+import re
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import submitit
@@ -23,14 +23,14 @@ def run_one(root: Path, command: list[str]) -> None:
         [sys.executable, "-m", *command],
         cwd=root,
         env=environment,
-        stderr=subprocess.PIPE,
-        stdout=sys.stderr,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    last: deque[str] = deque(maxlen=1)
+    last = ""
     try:
-        for line in child.stderr:
-            last.append(line.strip())
+        for line in child.stdout:
+            last = line.strip() or last
             if not line.startswith("error: "):
                 print(line, end="", file=sys.stderr, flush=True)
         status = child.wait()
@@ -39,8 +39,7 @@ def run_one(root: Path, command: list[str]) -> None:
             child.terminate()
             child.wait()
     if status:
-        reason = last[0].removeprefix("error: ") if last else f"{command[0]} ended with status {status}"
-        raise ValueError(reason)
+        raise ValueError(last.removeprefix("error: ") or f"{command[0]} ended with status {status}")
 
 
 def execute(run: Path, root: Path, commands: list[list[str]]) -> None:
@@ -89,4 +88,5 @@ def _wait(job: submitit.Job) -> None:
         time.sleep(POLL_SECONDS)
     error = job.exception()
     if error is not None:
-        raise ValueError(f"Slurm job {job.job_id}: {str(error).strip().splitlines()[-1]}; see {job.paths.stderr}")
+        said = re.findall(r"^\w*Error: (.*)$", str(error), re.MULTILINE) or ["failed"]
+        raise ValueError(f"{said[-1]} (Slurm job {job.job_id}; see {job.paths.stderr})")
