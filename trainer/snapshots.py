@@ -1,4 +1,4 @@
-"""EMA snapshots of a run: listed, checked, loaded (RUN/snapshots/ema-<images>-<sigma_rel>.safetensors).
+"""EMA snapshots of a run: listed, checked, loaded, thinned, priced (RUN/snapshots/ema-<images>-<sigma_rel>.safetensors).
 
 `SnapshotWriter` (trainer/snapshot_writer.py) writes them, trainer/tensor_file.py knows the bytes. What must not break: listing
 reads headers only, so that it stays cheap on a folder of 700 GB.
@@ -6,12 +6,15 @@ reads headers only, so that it stays cheap on a folder of 700 GB.
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from models import denoiser, magnitude
-from trainer import tensor_file
+from trainer import config, snapshot_plan, tensor_file
+from trainer.ema_profiles import parse_range
 from trainer.snapshot_writer import SnapshotWriter, file_name
 from trainer.tensor_file import read_header, verify
 
@@ -71,18 +74,69 @@ def load_denoiser(path, activations: str = "fp32", device: str = "cpu"):
     return network.eval().requires_grad_(False).to(device), header
 
 
-def main(argv=None) -> int:
-    """List a run's snapshots, or check them."""
+def thin(run_dir: Path, wanted: Sequence[float], max_error: float, remove: bool) -> None:
+    """Say which snapshots `wanted` lengths at the newest clock need and what error results; remove the others if told to."""
+    series = list_snapshots(run_dir)
+    lost = {s.path for s in abandoned(series)}
+    usable = [s for s in series if s.path not in lost and s.clock > 0]
+    if not usable:
+        raise ValueError(f"{run_dir}: no snapshots to thin; name a run directory that has some")
+    kept, errors = snapshot_plan.needed([s.clock for s in usable], [s.sigma_rel for s in usable], wanted, max_error)
+    for sigma_rel, error in zip(wanted, errors):
+        print(
+            f"sigma_rel {sigma_rel:.5f} at {usable[-1].clock} images: predicted error {100 * error:.4f} % with what is kept"
+        )
+    keep = {usable[i].path for i in kept}
+    others = [s.path for s in series if s.path not in keep]
+    mebibytes = sum(p.stat().st_size for p in others) / 2**20
+    print(f"{len(keep)} of {len(series)} snapshots are needed; the others take {mebibytes:.1f} MiB")
+    print("without them, lengths at earlier clocks and other lengths can no longer be made")
+    if not remove:
+        print("nothing removed; add --yes to remove them")
+        return
+    for path in others:
+        path.unlink()
+    print(f"removed {len(others)} snapshots")
+
+
+def plan(path: Path) -> list[str]:
+    """Price the snapshots of a config before it runs."""
+    c = config.load(path)
+    with torch.device("meta"):
+        network = denoiser.build(config.to_dict(c)["model"])
+    weights = sum(p.numel() for p in network.parameters()) * tensor_file.DTYPES[c.snapshots.dtype].itemsize
+    size = weights + sum(4 * b.numel() for b in network.buffers())
+    return snapshot_plan.price(c.duration_images, c.snapshots.every_images, c.ema.sigma_rel, c.snapshots.dtype, size)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer.snapshots", description=main.__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=Path, help="run directory, or a config (.yaml) to price its snapshots")
     parser.add_argument("--verify", action="store_true", help="read every file and compare all checksums")
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--thin", metavar="SIGMA_REL", help="which snapshots these lengths need: 0.05:0.20:0.01 or a list"
+    )
+    parser.add_argument(
+        "--max-error", type=float, default=snapshot_plan.GOOD_ERROR, help="for --thin (default %(default)s)"
+    )
+    parser.add_argument("--yes", action="store_true", help="with --thin: remove the others")
+    return parser
+
+
+def main(argv=None) -> int:
+    """List a run's snapshots, check or thin them, or price those of a config."""
+    options = _parser().parse_args(argv)
     try:
+        if options.run.suffix in (".yaml", ".yml"):
+            print("\n".join(plan(options.run)))
+            return 0
+        if options.thin:
+            thin(options.run, parse_range(options.thin), options.max_error, options.yes)
+            return 0
         snapshots = list_snapshots(options.run)
         if not snapshots:
-            raise ValueError(
-                f"{options.run}: no snapshots in {options.run / 'snapshots'}; set snapshots.every_images, or name a run directory"
-            )
+            where = options.run / "snapshots"
+            raise ValueError(f"no snapshots in {where}; set snapshots.every_images, or name a run directory")
         lost = {s.path for s in abandoned(snapshots)}
         for s in snapshots:
             if options.verify:
