@@ -222,3 +222,10 @@ class StockStreaming(StockSource):
     def close(self):
         self.wanted.put(None)
         self.watched.close()
+
+
+def open_stock(path, seed: int, window: int) -> StockSource:
+    """Open a dataset folder through its library's own iterator: webdataset for tars, mosaicml-streaming for MDS."""
+    if manifest.load(path).container == "mds":
+        return StockStreaming(path, seed, window)
+    return StockWebDataset(path, seed)

@@ -16,8 +16,14 @@ def test_micro_batches_of_all_ranks_are_the_step_once(steps, world, micro_batch,
     batch = world * micro_batch * micro_steps
     clock = steps * batch
     parts = [list(micro_batches(clock, batch, micro_batch, rank, world)) for rank in range(world)]
-    assert all(len(p) == micro_steps and all(len(m) == micro_batch for m in p) for p in parts)
-    assert np.concatenate([m for p in parts for m in p]).tolist() == list(range(clock, clock + batch))
+    assert all(len(p) == micro_steps and all(len(here) == micro_batch for here, _ in p) for p in parts)
+    assert np.concatenate([here for p in parts for here, _ in p]).tolist() == list(range(clock, clock + batch))
+    following = [next(micro_batches(clock + batch, batch, micro_batch, rank, world)) for rank in range(world)]
+    for part, (after, _) in zip(parts, following, strict=True):
+        upcoming = [u.tolist() for _, u in part]
+        assert upcoming == [here.tolist() for here, _ in part[1:]] + [after.tolist()], (
+            "what is read ahead is what comes"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,15 @@ class Data:
     codec: str = "sd-vae-ft-mse"  # must equal the manifest's: a network trained on other latents is another network
     encode_from: str = ""  # source for data_pipeline.encode when `path` has no manifest yet
     window: int = at_least(16, 1)  # shards whose samples are mixed
+    reader: str = one_of("indexed", "indexed", "stock")  # stock: the libraries' own iterators, behind guards
+    verify: bool = True  # check every sample against its hash in the index
+    on_bad: str = one_of("stop", "stop", "replace")  # replace: deterministically, counted, up to max_bad
+    max_bad: int = at_least(0, 0)  # samples; 0: one in 10,000
+    threads: int = at_least(1, 1)  # that copy samples into a batch
+    cache_folder: str = (
+        "~/.cache/evenkeel"  # for a remote `path`: shards are fetched whole; ranks and jobs of a node share it
+    )
+    cache_bytes: int = at_least(64 * 2**30, 1)
 
 
 @dataclass

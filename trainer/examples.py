@@ -14,10 +14,11 @@ from torch import Tensor
 
 from data_pipeline.latents import whiten
 from data_pipeline.manifest import check_fits
+from data_pipeline.stock import open_stock
 from data_pipeline.wds import open_source
 from models.noise import density
 from trainer import draws
-from trainer.config import Config
+from trainer.config import Config, Data
 
 
 @dataclass
@@ -32,12 +33,17 @@ class Example:
     label_uniform: Tensor | None  # fp32 [N], for label dropout
 
 
-def micro_batches(clock: int, global_batch: int, micro_batch: int, rank: int, world: int) -> Iterator[np.ndarray]:
-    """Yield int64 positions of each of this rank's micro-batches of the step that starts at `clock`."""
+def micro_batches(
+    clock: int, global_batch: int, micro_batch: int, rank: int, world: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (positions, positions of the one after), int64 [micro_batch], for this rank's part of the step at `clock`."""
     part = global_batch // world
-    first = clock + rank * part
-    for start in range(first, first + part, micro_batch):
-        yield np.arange(start, start + micro_batch, dtype=np.int64)
+    starts = [clock + rank * part + start for start in range(0, part, micro_batch)]
+    for start, after in zip(starts, [*starts[1:], starts[0] + global_batch], strict=True):
+        yield (
+            np.arange(start, start + micro_batch, dtype=np.int64),
+            np.arange(after, after + micro_batch, dtype=np.int64),
+        )
 
 
 class Examples:
@@ -47,14 +53,16 @@ class Examples:
         m = config.model
         self.seed, self.device = config.seed, device
         self.label_dropout, self.dropout = config.loss.label_dropout, m.dropout
-        self.source = open_source(config.data.path, config.seed, config.data.window)
+        self.source = _open(config.data, config.seed, pin=device.type == "cuda")
         self.manifest = self.source.manifest
         check_fits(self.manifest, config.data.codec, m.channels, m.resolution, m.label_dim)
         self.density = density(vars(config.noise), m.sigma_data)
 
-    def at(self, positions: np.ndarray) -> Example:
-        """Return the micro-batch at these positions."""
+    def at(self, positions: np.ndarray, upcoming: np.ndarray | None = None) -> Example:
+        """Return the micro-batch at these positions; `upcoming` are read ahead in the background."""
         batch = self.source.batch(positions)
+        if upcoming is not None:
+            self.source.prefetch(upcoming)
         where = batch.position.to(self.device, non_blocking=True)
         stored = batch.stored.to(self.device, non_blocking=True)
         posterior = None
@@ -80,3 +88,20 @@ class Examples:
             return draws.uniform(self.seed, f"dropout {layer}", positions, tuple(shape[1:])) >= self.dropout
 
         return mask
+
+
+def _open(data: Data, seed: int, pin: bool):
+    if data.reader == "stock":
+        return open_stock(data.path, seed, data.window)
+    return open_source(
+        data.path,
+        seed,
+        data.window,
+        codec=data.codec,
+        cache={"folder": data.cache_folder, "max_bytes": data.cache_bytes},
+        on_bad=data.on_bad,
+        max_bad=data.max_bad or None,
+        checked=data.verify,
+        threads=data.threads,
+        pin=pin,
+    )

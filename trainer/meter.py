@@ -121,6 +121,9 @@ class Meter:
         read = self.source.counters()
         put("evenkeel_samples_read_total", read["samples"])
         put("evenkeel_bytes_read_total", read["bytes"])
+        put("evenkeel_data_wait_seconds_total", read.get("wait_seconds", 0.0))
+        put("evenkeel_checksum_failures_total", read["checksum_failures"])
+        put("evenkeel_replaced_samples_total", read.get("replaced", 0))
         put("evenkeel_memory_bytes", _peak_memory(self.engine.device))
         self._put_magnitudes("evenkeel_activation_magnitude", self.magnitudes)
         weights = {n.removesuffix(".weight"): p.detach() for n, p in normalized_parameters(self.engine.module).items()}

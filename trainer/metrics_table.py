@@ -18,135 +18,49 @@ class Metric(NamedTuple):
     help: str
 
 
-TABLE = (
+# fmt: off
+# name, type, unit, labels, scope, help
+TABLE = tuple(Metric(*row) for row in (
     # the clock
-    Metric("evenkeel_images_seen", "gauge", "images", (), "run", "The run's clock: images trained on so far"),
-    Metric("evenkeel_duration_images", "gauge", "images", (), "run", "Clock at which the run ends"),
-    Metric("evenkeel_epoch_ratio", "gauge", "epochs", (), "run", "Passes over the data so far"),
-    Metric("evenkeel_eta_seconds", "gauge", "seconds", (), "run", "Time left at the present throughput"),
-    Metric("evenkeel_attempt", "gauge", "starts", (), "run", "Which start of the run this is"),
+    ("evenkeel_images_seen", "gauge", "images", (), "run", "The run's clock: images trained on so far"),
+    ("evenkeel_duration_images", "gauge", "images", (), "run", "Clock at which the run ends"),
+    ("evenkeel_epoch_ratio", "gauge", "epochs", (), "run", "Passes over the data so far"),
+    ("evenkeel_eta_seconds", "gauge", "seconds", (), "run", "Time left at the present throughput"),
+    ("evenkeel_attempt", "gauge", "starts", (), "run", "Which start of the run this is"),
     # throughput
-    Metric(
-        "evenkeel_images_per_second",
-        "gauge",
-        "images/s",
-        (),
-        "run",
-        "Throughput since the last publication, stalls included",
-    ),
-    Metric(
-        "evenkeel_step_seconds",
-        "gauge",
-        "seconds",
-        (),
-        "rank",
-        "Mean time of an optimizer step since the last publication",
-    ),
-    Metric("evenkeel_phase_seconds", "gauge", "seconds", ("phase",), "rank", "Mean time per step in one part of it"),
-    Metric(
-        "evenkeel_last_step_timestamp_seconds",
-        "gauge",
-        "unix seconds",
-        (),
-        "rank",
-        "When this rank ended its last step",
-    ),
-    Metric(
-        "evenkeel_memory_bytes",
-        "gauge",
-        "bytes",
-        (),
-        "rank",
-        "Peak memory of this rank: device if there is one, else resident",
-    ),
-    Metric(
-        "evenkeel_model_flops_per_image",
-        "gauge",
-        "FLOP",
-        (),
-        "run",
-        "Model FLOPs of training on one image, forward and backward",
-    ),
-    Metric("evenkeel_flops_per_second", "gauge", "FLOP/s", (), "run", "Model FLOP/s of all ranks"),
+    ("evenkeel_images_per_second", "gauge", "images/s", (), "run", "Throughput since the last publication, stalls included"),
+    ("evenkeel_step_seconds", "gauge", "seconds", (), "rank", "Mean time of an optimizer step since the last publication"),
+    ("evenkeel_phase_seconds", "gauge", "seconds", ("phase",), "rank", "Mean time per step in one part of it"),
+    ("evenkeel_last_step_timestamp_seconds", "gauge", "unix seconds", (), "rank", "When this rank ended its last step"),
+    ("evenkeel_memory_bytes", "gauge", "bytes", (), "rank", "Peak memory of this rank: device if there is one, else resident"),
+    ("evenkeel_model_flops_per_image", "gauge", "FLOP", (), "run",
+     "Model FLOPs of training on one image, forward and backward"),
+    ("evenkeel_flops_per_second", "gauge", "FLOP/s", (), "run", "Model FLOP/s of all ranks"),
     # learning
-    Metric(
-        "evenkeel_loss",
-        "gauge",
-        "nats per element",
-        (),
-        "run",
-        "Training objective with uncertainty, mean over elements",
-    ),
-    Metric(
-        "evenkeel_denoising_loss",
-        "gauge",
-        "1",
-        (),
-        "run",
-        "EDM-weighted squared error without uncertainty, mean over elements",
-    ),
-    Metric("evenkeel_learning_rate", "gauge", "1", (), "run", "Learning rate of the last step"),
-    Metric("evenkeel_gradient_norm", "gauge", "1", (), "run", "Norm of the last step's gradient, before projection"),
+    ("evenkeel_loss", "gauge", "nats per element", (), "run", "Training objective with uncertainty, mean over elements"),
+    ("evenkeel_denoising_loss", "gauge", "1", (), "run", "EDM-weighted squared error without uncertainty, mean over elements"),
+    ("evenkeel_learning_rate", "gauge", "1", (), "run", "Learning rate of the last step"),
+    ("evenkeel_gradient_norm", "gauge", "1", (), "run", "Norm of the last step's gradient, before projection"),
     # magnitudes (Karras et al. 2024, Figures 3 and 15)
-    Metric(
-        "evenkeel_activation_magnitude",
-        "gauge",
-        "RMS",
-        ("side", "resolution", "statistic"),
-        "run",
-        "Activation magnitude of learned layers by encoder/decoder and resolution, mean or max over layers",
-    ),
-    Metric(
-        "evenkeel_weight_magnitude",
-        "gauge",
-        "RMS",
-        ("side", "resolution", "statistic"),
-        "run",
-        "Weight magnitude of learned layers by encoder/decoder and resolution, mean or max over layers",
-    ),
-    Metric(
-        "evenkeel_row_rms_deviation",
-        "gauge",
-        "RMS",
-        (),
-        "run",
-        "Largest |RMS - (1 - 1e-4)| over all normalised weight rows",
-    ),
-    # faults and files
-    Metric("evenkeel_nonfinite_steps_total", "counter", "steps", (), "run", "Steps with a non-finite gradient"),
-    Metric(
-        "evenkeel_samples_read_total",
-        "counter",
-        "samples",
-        (),
-        "rank",
-        "Samples read and verified by this rank in this start",
-    ),
-    Metric(
-        "evenkeel_bytes_read_total", "counter", "bytes", (), "rank", "Bytes of samples read by this rank in this start"
-    ),
-    Metric(
-        "evenkeel_snapshots_written_total",
-        "counter",
-        "files",
-        (),
-        "run",
-        "EMA snapshots written in this start",
-    ),
-    Metric("evenkeel_snapshot_stall_seconds", "gauge", "seconds", (), "run", "Time the last snapshot held up the loop"),
-    Metric("evenkeel_checkpoint_clock_images", "gauge", "images", (), "run", "Clock of the newest checkpoint"),
-    Metric(
-        "evenkeel_checkpoint_stall_seconds", "gauge", "seconds", (), "run", "Time the last checkpoint held up the loop"
-    ),
-    Metric(
-        "evenkeel_run_info",
-        "gauge",
-        "1",
-        ("commit", "config", "world"),
-        "run",
-        "Constant 1; its labels say what is running",
-    ),
-)
+    ("evenkeel_activation_magnitude", "gauge", "RMS", ("side", "resolution", "statistic"), "run",
+     "Activation magnitude of learned layers by encoder/decoder and resolution, mean or max over layers"),
+    ("evenkeel_weight_magnitude", "gauge", "RMS", ("side", "resolution", "statistic"), "run",
+     "Weight magnitude of learned layers by encoder/decoder and resolution, mean or max over layers"),
+    ("evenkeel_row_rms_deviation", "gauge", "RMS", (), "run", "Largest |RMS - (1 - 1e-4)| over all normalised weight rows"),
+    # faults, data and files
+    ("evenkeel_nonfinite_steps_total", "counter", "steps", (), "run", "Steps with a non-finite gradient"),
+    ("evenkeel_samples_read_total", "counter", "samples", (), "rank", "Samples read and verified by this rank in this start"),
+    ("evenkeel_bytes_read_total", "counter", "bytes", (), "rank", "Bytes of samples read by this rank in this start"),
+    ("evenkeel_data_wait_seconds_total", "counter", "seconds", (), "rank", "Time this rank waited for samples"),
+    ("evenkeel_checksum_failures_total", "counter", "samples", (), "rank", "Samples that failed their checksum"),
+    ("evenkeel_replaced_samples_total", "counter", "samples", (), "rank", "Bad samples replaced by others"),
+    ("evenkeel_snapshots_written_total", "counter", "files", (), "run", "EMA snapshots written in this start"),
+    ("evenkeel_snapshot_stall_seconds", "gauge", "seconds", (), "run", "Time the last snapshot held up the loop"),
+    ("evenkeel_checkpoint_clock_images", "gauge", "images", (), "run", "Clock of the newest checkpoint"),
+    ("evenkeel_checkpoint_stall_seconds", "gauge", "seconds", (), "run", "Time the last checkpoint held up the loop"),
+    ("evenkeel_run_info", "gauge", "1", ("commit", "config", "world"), "run", "Constant 1; its labels say what is running"),
+))
+# fmt: on
 
 BY_NAME = {metric.name: metric for metric in TABLE}
 

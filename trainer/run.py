@@ -41,7 +41,9 @@ class Run:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.examples = Examples(config, device)
         self.engine = Engine(config, build_denoiser(config))
-        self.clock, self.extras = checkpoint.restore(folder, self.engine, self.say)
+        self.clock, extras = checkpoint.restore(folder, self.engine, self.say)
+        if "quarantine" in extras:
+            self.examples.source.load_state(extras["quarantine"])
         self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
         self.resumed_at = self.clock
         # one group for each thread that talks: votes, snapshots, checkpoints
@@ -104,10 +106,10 @@ class Run:
         self.watchdog.alive(name)
         return self.meter.phase(name)
 
-    def forward_backward(self, positions) -> None:
-        """Accumulate the gradient of one micro-batch."""
+    def forward_backward(self, positions, upcoming) -> None:
+        """Accumulate the gradient of one micro-batch; the one after it is read meanwhile."""
         with self.phase("data"):
-            e = self.examples.at(positions)
+            e = self.examples.at(positions, upcoming)
         with self.phase("forward"):
             losses, parts = denoising_loss(
                 self.engine.denoiser,
@@ -143,10 +145,19 @@ class Run:
         self.watchdog.alive("checkpoint")
         started = time.perf_counter()
         try:
-            self.checkpoints.save(self.clock, self.state.attempt, self.extras)
+            self.checkpoints.save(self.clock, self.state.attempt, self._extras())
         except OSError as error:
             self.say(f"warning: {error}")
         self.metrics.set("evenkeel_checkpoint_stall_seconds", time.perf_counter() - started)
+
+    def _extras(self) -> dict:
+        """Return what truly is state besides the tensors: the union of the ranks' quarantine lists; collective."""
+        if self.config.data.on_bad != "replace":
+            return {"version": 1}
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, self.examples.source.state())
+        shards, samples = ({bad for one in everyone for bad in one[key]} for key in ("shards", "samples"))
+        return {"version": 1, "quarantine": {"version": 1, "shards": sorted(shards), "samples": sorted(samples)}}
 
     def note_progress(self) -> None:
         """Tell others the clock and what is durable."""
@@ -162,7 +173,7 @@ class Run:
         except OSError as error:
             self.say(f"warning: {error}")
         if max(self.checkpoints.durable, self.resumed_at) != self.clock:
-            self.checkpoints.save(self.clock, self.state.attempt, self.extras)
+            self.checkpoints.save(self.clock, self.state.attempt, self._extras())
             self.checkpoints.wait()  # raises where the disk is still full: the status must not say that it was saved
             self.say(f"saved a checkpoint at {self.clock} images")
         self.snapshots.close()

@@ -33,8 +33,8 @@ def train(run: Run) -> int:
     config, engine, status = run.config, run.engine, 0
     while not run.ended() and not status:
         rate = learning_rate(run.clock, config.lr.ref_lr, config.lr.decay_images, config.lr.rampup_images)
-        for positions in micro_batches(run.clock, config.global_batch, config.micro_batch, run.rank, run.world):
-            run.forward_backward(positions)
+        for here, next_ in micro_batches(run.clock, config.global_batch, config.micro_batch, run.rank, run.world):
+            run.forward_backward(here, next_)
         run.clock += config.global_batch
         with run.phase("optimizer"):
             engine.step(rate, run.clock)
