@@ -261,10 +261,12 @@ def summary(config: Config) -> list[str]:
         if there:
             lines.append(f"  {label + ':':<16}{path}")
     sample = shown(snapshot) if snapshot.is_file() else shown(found[-1]) if found else f"{name}/snapshots/FILE"
+    python = shown(Path(sys.executable)) if not shown(Path(sys.executable)).startswith("/") else "python"
+    metric = "digits" if config.data.encode_from == "sklearn:digits" else "fid"
     lines += [
         "try next:",
-        f"  python -m trainer.posthoc {name} --sigma-rel 0.08 --out {name}/posthoc/sigma_rel_0.08.safetensors",
-        f"  python -m trainer.generate {sample} --classes all --per-class 16 --out {name}/samples/more.png",
-        f"  python -m trainer.evaluate {sample}",
+        f"  {python} -m trainer.posthoc {name} --sigma-rel 0.08 --out {name}/posthoc/sigma_rel_0.08.safetensors",
+        f"  {python} -m trainer.generate {sample} --classes all --per-class 16 --out {name}/samples/more.png",
+        f"  {python} -m trainer.evaluate {sample} --metric {metric}",
     ]
     return lines

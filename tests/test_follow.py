@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -36,7 +38,7 @@ def test_run_to_the_end_then_submitted_again(root):
     snapshot = run / "posthoc" / "phema-0000000400-0.13000.safetensors"
     assert snapshot.read_text() == f"{run} --sigma-rel 0.13 --out {snapshot}"
     assert (run / "samples/grid.png").read_text().startswith(f"{snapshot} --classes all --per-class 8 --out")
-    assert "runs/small/samples/grid.png" in out and out.count("python -m") == 3
+    assert "runs/small/samples/grid.png" in out and out.count(" -m trainer.") == 3
     status, out, err = submit(root, "cluster.finish_sigma_rel=0.13", "data.encode_from=somewhere")
     assert (
         status == 0 and out.startswith("runs/small is finished at 400 images") and "runs/small/samples/grid.png" in out
@@ -152,6 +154,23 @@ def test_two_submissions_of_one_run(root):
     assert status == 2 and err.count("\n") == 1 and f"followed by pid {process.pid}" in err
     assert process.wait(timeout=30) == 0
     process.communicate()
+
+
+def test_cancel_from_another_terminal(root):
+    process = start(root)
+    run = root / "runs/small"
+    wait_for(clock_is_past(run, 20))
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cancel", "runs/small"], cwd=root, capture_output=True, text=True
+    )
+    process.communicate(timeout=20)
+    (saved,) = (run / "checkpoints").iterdir()
+    assert (process.returncode, done.returncode) == (130, 0), done.stderr
+    assert done.stdout == f"runs/small is stopped at {int(saved.name)} images\n"
+    again = subprocess.run(
+        [sys.executable, "-m", "cluster.cancel", "runs/small"], cwd=root, capture_output=True, text=True
+    )
+    assert again.returncode == 2 and "is not active" in again.stderr
 
 
 def test_tail_reads_whole_lines_only(tmp_path):

@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import slurm_machine, small_checkout
-from tests.small_checkout import environment, processes_of, state, wait_for
+from tests.small_checkout import ROOT, environment, processes_of, state, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -195,3 +197,49 @@ def test_preemption_without_a_user_signal(root, machine):
         assert (
             state(root / "runs/small")["attempt"] == 2 and len(list((root / "runs/small/checkpoints").iterdir())) == 2
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The true trainer.
+
+
+def train(machine, folder, name):
+    """Submit a short quickstart on 2 nodes x 2 tasks; return its job id and run directory."""
+    run = folder / name
+    words = (
+        *SLURM,
+        "micro_batch=64",
+        "duration_images=8Ki",
+        f"run={run}",
+        f"data.path={folder}/digits",
+        "cluster.finish_sigma_rel=0",
+    )
+    done = run_command(machine, ROOT, "cluster/submit.py", "configs/quickstart.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("submitted Slurm job ")[2].partition(":")[0], run
+
+
+def final_tensors(run):
+    found = {}
+    for path in sorted((run / "checkpoints/0000008192").glob("*.safetensors")):
+        found.update({f"{path.name}/{name}": tensor for name, tensor in load_file(path).items()})
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(machine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("true")
+    job_id, run = train(machine, folder, "undisturbed")
+    assert ended(machine, job_id, 300) == "COMPLETED", (run / "logs/0001_rank0.log").read_text()
+    return folder
+
+
+@pytest.mark.parametrize("how", ["USR2", "preemption", "requeue", "node"])
+def test_disturbed_weights_equal_the_undisturbed_bitwise(machine, undisturbed, how):
+    job_id, run = train(machine, undisturbed, how)
+    disturb(machine, run, job_id, how, images=1024)
+    assert ended(machine, job_id, 300) == "COMPLETED"
+    assert state(run)["attempt"] == 2 and (run / "logs/0002_rank3.log").is_file()
+    expected, found = final_tensors(undisturbed / "undisturbed"), final_tensors(run)
+    assert expected.keys() == found.keys() and len(expected) > 100
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -70,6 +70,33 @@ def test_dry_run_prints_the_config_and_touches_nothing(root):
     assert "ref_lr: 0.5" in out and "seed: 7" in out and f"run: {root}/runs/small" in out
 
 
+def test_dry_run_prints_the_batch_script(root):
+    words = [
+        "cluster.kind=slurm",
+        "cluster.nodes=2",
+        "cluster.gpus_per_node=8",
+        "cluster.time_minutes=90",
+        "cluster.partition=a100",
+    ]
+    words += [
+        "cluster.reservation=paper",
+        "cluster.slurm_parameters.dependency=afterok:12",
+        "cluster.setup=['export A=1']",
+    ]
+    status, out, err = submit(root, *words, "--dry-run")
+    lines = out.partition("# sbatch script:\n")[2].splitlines()
+    assert (status, err) == (0, "") and lines[0] == "#!/bin/bash"
+    for name, value in {
+        "nodes": 2, "ntasks-per-node": 1, "gpus-per-node": 8, "time": 90, "partition": "a100", "reservation": "paper",
+        "dependency": "afterok:12", "signal": "USR2@120", "open-mode": "append",
+    }.items():  # fmt: skip
+        assert f"#SBATCH --{name}={value}" in lines
+    assert "#SBATCH --requeue" in lines and not any("wckey" in line or "mem" in line for line in lines)
+    assert lines.index("export A=1") < next(
+        i for i, line in enumerate(lines) if line.startswith("srun ") and "--kill-on-bad-exit=1" in line
+    )
+
+
 def test_run_directory(root):
     status, _, _ = submit(root)
     run = root / "runs/small"
