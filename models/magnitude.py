@@ -115,7 +115,14 @@ class MPConv(nn.Module):
 
     def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
         """Apply the layer to [N, in, *space] (or [N, in]); `gain` is a number or a tensor of shape [1]."""
-        weight = (self.weight * (gain * self.scale)).to(x.dtype)
+        scale = gain * self.scale
+        if x.dtype == self.weight.dtype and x.numel() < self.weight.numel():
+            # where the weight is the larger operand (low resolutions), scale the input: the weight is then used as it is,
+            # which saves a copy of it in the forward, another one kept for the backward, and a pass over its gradient
+            return self._convolve(x * scale, self.weight)
+        return self._convolve(x, (self.weight * scale).to(x.dtype))
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         if not any(self.padding):  # a matrix product; a view, without a copy, where memory is channels_last
             return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
         return _CONVOLUTIONS[weight.ndim](x, weight, padding=self.padding)

@@ -47,8 +47,11 @@ def test_the_log_has_the_same_names_and_each_line_its_attempt(ranks, tmp_path):
     ranks[0].publish()
     ranks[0].set("evenkeel_samples_read_total", 1000)
     ranks[0].publish()
+    ranks[0].set("evenkeel_loss", float("nan"))
+    ranks[0].publish()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[0]) == {"time", "attempt"} | {m.name for m in TABLE}
+    assert lines[2]["evenkeel_loss"] is None, "JSON has no NaN"
     assert lines[0]["attempt"] == 3 and lines[1]["evenkeel_samples_read_total"] == 1000
     assert scrape(ranks[0])["evenkeel_samples_read"].samples[0].value == 1000, "a counter's total is set, not added"
     assert lines[0]["evenkeel_phase_seconds"] == {

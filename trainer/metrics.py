@@ -5,6 +5,7 @@ thread answers while a collective hangs. The JSONL has the clock and the attempt
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -52,7 +53,8 @@ class Metrics:
     def publish(self) -> None:
         """Append what is set to metrics.jsonl (rank 0)."""
         if self._log is not None:
-            self._log.write(json.dumps({"time": round(time.time(), 3), "attempt": self.attempt, **self._line}) + "\n")
+            line = {"time": round(time.time(), 3), "attempt": self.attempt, **self._line}
+            self._log.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
             self._log.flush()
 
     def close(self) -> None:
@@ -69,3 +71,10 @@ def _collector(metric, registry):
     if metric.type == "counter":
         return Counter(metric.name.removesuffix("_total"), metric.help, metric.labels, registry=registry)
     return Gauge(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def _without_nan(value):
+    """Return the value with null in place of what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
