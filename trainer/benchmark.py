@@ -68,7 +68,11 @@ class Step:
             for p in self.module.parameters():
                 if p.shape == (1,):
                     p.fill_(0.3)
-        self.denoiser = torch.compile(self.module, fullgraph=True) if way == "compiled" else self.module
+        self.denoiser = self.module
+        if way == "compiled":
+            # the network has chosen each layer's memory format; Inductor would force channels_last on all of them on a CPU
+            options = {"layout_optimization": False, "cpp_wrapper": True}
+            self.denoiser = torch.compile(self.module, fullgraph=True, options=options)
         self.fragments = whole_fragments(self.module)
         self.adam = torch.optim.Adam(self.module.parameters(), betas=(0.9, 0.99), fused=True)
         self.optimizer = MagnitudeAdam(self.adam, self.fragments, ShardedEma(self.fragments, SIGMA_REL))
