@@ -29,7 +29,9 @@ def train_and_save(run: str, stage: int, clocks: list[int], fill_disk: bool = Fa
     for clock in clocks:
         try:
             writer.save(clock, life=1, extras={"version": 1})
-            engine.fragments[0].master.fill_(-float(clock))  # training goes on: what is saved must be what was there before
+            engine.fragments[0].master.fill_(
+                -float(clock)
+            )  # training goes on: what is saved must be what was there before
             writer.wait()
         except OSError as error:
             problems.append(str(error))
@@ -96,7 +98,9 @@ def test_only_the_last_are_kept_and_verify(saved):
     assert not list((saved / "checkpoints").glob(".*")), "nothing half-written is left"
     for clock, before in ((24, 12), (36, 24)):
         values = torch.cat([v for k, v in state_of(saved, clock).items() if k.startswith("master/")])
-        assert bool((values == -before).any()) and not bool((values == -clock).any()), "what came after the call is not in it"
+        assert bool((values == -before).any()) and not bool((values == -clock).any()), (
+            "what came after the call is not in it"
+        )
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (1, 1), (2, 2), (3, 1)])

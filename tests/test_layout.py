@@ -83,3 +83,8 @@ def test_no_file_has_a_name_that_says_nothing():
 
 def test_every_module_says_what_it_is():
     assert [str(p) for p in FILES if not ast.get_docstring(ast.parse(p.read_text()))] == []
+
+
+def test_the_readme_shows_a_stranger_every_room():
+    readme = (ROOT / "README.md").read_text()
+    assert [p.name for p in FILES if p.name != "__init__.py" and p.name not in readme] == []
