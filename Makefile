@@ -33,7 +33,8 @@ lint: $(VENV)/.installed
 	$(PY) -m ruff format --check .
 
 bench: $(VENV)/.installed
-	$(PY) -m trainer.benchmark
+	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark
+	OMP_NUM_THREADS=1 $(PY) -m data_pipeline.benchmark
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
