@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from cluster import endings, job
+from cluster import endings, job, picture
 from cluster.endings import Outcome
 from cluster.local import Attempt
 from cluster.run_directory import clock, is_finished, read_json, shown
@@ -221,6 +221,9 @@ class Follower:
     def report(self, outcome: Outcome, status: int) -> None:
         """Say how it ended and what to do next."""
         if status == endings.FINISHED:
+            _, grid = job.finish_files(self.config)
+            if sys.stdout.isatty() and grid.is_file():
+                picture.show(grid)
             print("\n".join(summary(self.config)))
         elif status in (endings.INTERRUPTED, endings.START_AGAIN):
             print(f"stopped at {clock(self.run)} images; go on with: python cluster/submit.py {shown(self.run)}")

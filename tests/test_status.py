@@ -4,10 +4,12 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from cluster import status
+from tests.small_checkout import wait_for
 
 
 @pytest.fixture
@@ -33,6 +35,7 @@ def test_table(run, capsys):
     (cells,) = table(capsys)
     assert cells["run"] == "runs/x" and cells["state"] == "not started"
     trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # trainer.train"])
+    wait_for(lambda: b"trainer.train" in Path(f"/proc/{trainer.pid}/cmdline").read_bytes())
     tell(run, status="running", clock=3072, duration=4096, attempt=2, pid=trainer.pid, last_error="")
     (run / "metrics.jsonl").write_text('{"evenkeel_images_per_second": 1200.4, "evenkeel_eta_seconds": 65}\n')
     (cells,) = table(capsys, "runs/x")
