@@ -5,10 +5,14 @@ of variable size, then the columns' bytes, in the order of their names. The libr
 written here opens with its StreamingDataset. Only shards below 4 GiB exist, as offsets are uint32.
 """
 
+import importlib
+import importlib.machinery
 import json
 import os
 import re
 import struct
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -214,12 +218,39 @@ def index_json(shards, layout: npy.Layout, labelled: bool) -> bytes:
     return json.dumps({"shards": entries, "version": 2}, sort_keys=True).encode()
 
 
+def library():
+    """Import mosaicml-streaming; raise ValueError, one line, where it is not installed or does not import.
+
+    It imports torchvision for data sets that are not ours, and torchvision's wheel does not import beside a CPU build of torch:
+    stand-ins take its place during the import, and only then.
+    """
+    try:
+        return importlib.import_module("streaming")
+    except ImportError as error:
+        if error.name == "streaming":
+            raise ValueError("mosaicml-streaming is not installed; install it with: pip install '.[mds]'") from None
+    except (
+        Exception
+    ):  # torchvision beside a CPU build of torch: RuntimeError, "operator torchvision::nms does not exist"
+        pass
+    for name in [n for n in sys.modules if n.split(".")[0] in ("streaming", "torchvision")]:
+        del sys.modules[name]  # what the failed import left
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    standins = {name: types.ModuleType(name) for name in names}
+    for name, module in standins.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    standins["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})
+    standins["torchvision.transforms.functional"].to_tensor = None
+    sys.modules.update(standins)
+    try:
+        return importlib.import_module("streaming")
+    except Exception as error:
+        raise ValueError(f"mosaicml-streaming does not import here ({error}); read through the index") from None
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+
+
 def stock_dataset(**options):
     """Open MDS shards with the library's own StreamingDataset."""
-    try:
-        import streaming
-    except Exception as error:  # beside a CPU build of torch it fails inside torchvision, with a RuntimeError
-        raise ValueError(
-            f"mosaicml-streaming does not import here ({type(error).__name__}); read through the index"
-        ) from None
-    return streaming.StreamingDataset(**options)
+    return library().StreamingDataset(**options)

@@ -163,6 +163,7 @@ def test_ranks_of_a_node_share_the_cache(dataset, server, tmp_path):
         assert server.requests.count(f"shard-{k:06d}.tar") == 1
 
 
+@pytest.mark.extras
 def test_other_file_systems_go_through_fsspec(dataset, tmp_path):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
@@ -178,6 +179,7 @@ def test_other_file_systems_go_through_fsspec(dataset, tmp_path):
         source.batch(np.arange(2 * N))
 
 
+@pytest.mark.extras
 def test_a_stalled_file_system_is_given_up(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.setattr(fsspec, "open", lambda *_, **__: time.sleep(5))

@@ -91,6 +91,7 @@ def test_tiny_autoencoder_has_its_shapes(tmp_path):
     assert len(codec.hash) == 64
 
 
+@pytest.mark.extras
 def test_vae_stores_its_posterior(tmp_path):
     """Pixels in [0, 1]; mean and standard deviation unscaled; decoding truncates (Karras et al. 2024, reference)."""
     diffusers = pytest.importorskip("diffusers")
@@ -113,6 +114,7 @@ def test_vae_stores_its_posterior(tmp_path):
     assert (pictures.int() - expected.int()).abs().max() <= 1
 
 
+@pytest.mark.extras
 def test_taesd_keeps_diffusers_scale(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
