@@ -58,6 +58,22 @@ def no_space(tensors, path):
     raise OSError(28, "No space left on device")
 
 
+def damaged_newer(run: str) -> list[str]:
+    """Keep one: with a damaged checkpoint beyond the clock, the good one must stay."""
+    from trainer.checkpoint import list_checkpoints
+    from trainer.engine import Engine, start_process_group
+
+    start_process_group()
+    engine = Engine(config_of(micro_batch=BATCH), build(config_of()))
+    (Path(run) / "checkpoints/0000000099").mkdir(parents=True)
+    (Path(run) / "checkpoints/0000000099/manifest.json").write_text("{")
+    writer = writer_of(run, engine, keep_last=1)
+    for clock in (12, 24):
+        writer.save(clock, life=1, extras={})
+        writer.wait()
+    return [p.name for p in list_checkpoints(Path(run))]
+
+
 def load_and_save(source: str, target: str, stage: int) -> tuple[int, bool]:
     """On each rank: restore into a network of other weights, save again elsewhere; return (clock, copies equal masters)."""
     import shutil
@@ -101,6 +117,10 @@ def test_only_the_last_are_kept_and_verify(saved):
         assert bool((values == -before).any()) and not bool((values == -clock).any()), (
             "what came after the call is not in it"
         )
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
+    assert on_ranks(1, damaged_newer, str(tmp_path)) == [["0000000024", "0000000099"]]
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (1, 1), (2, 2), (3, 1)])

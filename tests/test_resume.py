@@ -152,3 +152,13 @@ def test_a_finished_run_ends_at_once_and_moves_nothing(data, undisturbed):
     ranks = start(undisturbed, data)
     assert ranks.wait() == [0, 0], ranks.output()
     assert all(torch.equal(before[k], v) for k, v in state_of(undisturbed).items())
+
+
+def test_a_nonfinite_gradient_stops_every_rank_with_one_line_and_the_weights_of_before(data, tmp_path):
+    run = tmp_path / "run"
+    ranks = start(run, data, "lr.ref_lr=1e30")  # the second step overflows
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "non-finite gradient" in ranks.output() and "the weights did not move" in ranks.output()
+    assert "Traceback" not in ranks.output()
+    state = json.loads((run / "state.json").read_text())
+    assert state["status"] == "failed" and "non-finite gradient" in state["last_error"]

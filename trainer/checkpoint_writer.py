@@ -88,7 +88,7 @@ class CheckpointWriter:
             )  # only ever a damaged one: a whole one would have been resumed from
             os.replace(beside, final)
             sync_folder(final.parent)
-            self._drop_old()
+            self._drop_old(manifest["clock"])
         self._agree(None)  # durable before any rank counts on it
 
     def _all_did(self, clock: int, what, *args) -> list:
@@ -118,11 +118,12 @@ class CheckpointWriter:
             os.fsync(f.fileno())
         return {path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path), "pieces": pieces}}
 
-    def _drop_old(self) -> None:
-        every = self.keep_every_images
-        for old in list_checkpoints(self.run)[: -self.keep_last]:
-            if not every or int(old.name) % every:
-                shutil.rmtree(old)
+    def _drop_old(self, clock: int) -> None:
+        # what lies beyond the clock was passed over as damaged: it must not count among the ones to keep
+        old = [p for p in list_checkpoints(self.run) if int(p.name) <= clock][: -self.keep_last]
+        for path in old:
+            if not self.keep_every_images or int(path.name) % self.keep_every_images:
+                shutil.rmtree(path)
 
     def _agree(self, mine) -> list:
         if self.group is None:

@@ -46,6 +46,7 @@ class Run:
             self.examples.source.load_state(extras["quarantine"])
         self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
         self.resumed_at = self.clock
+        self.state.values["last_checkpoint"] = self.clock  # a newer one may have been damaged
         # one group for each thread that talks: votes, snapshots, checkpoints
         votes, snapshots, checkpoints = (dist.new_group(backend="gloo") if self.world > 1 else None for _ in range(3))
         stop.vote_in(votes)

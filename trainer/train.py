@@ -71,15 +71,23 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
     try:
         run = Run(config, folder.resolve(), stop or Stop())
     except (ValueError, FileNotFoundError, PermissionError) as error:  # data or a checkpoint that do not fit the config
-        print(f"error: {error}", file=sys.stderr)
-        state.fail(folder, error)
-        return 2
-    try:
-        return train(run)
+        return _failed(folder, error, 2)
     except Exception as error:
         traceback.print_exc()
-        state.fail(folder, error)
-        return 1
+        return _failed(folder, error, 1)
+    try:
+        return train(run)
+    except (ValueError, FloatingPointError) as error:  # a damaged sample, a non-finite gradient: the line says it all
+        return _failed(folder, error, 1)
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(folder, error, 1)
+
+
+def _failed(folder: Path, error: Exception, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    state.fail(folder, error)
+    return status
 
 
 if __name__ == "__main__":
