@@ -78,4 +78,4 @@ def read_outcome(control: Path, fallback_logs: list[Path], silent_are_guilty: bo
     ends = [e for e in ends if not e[0]] or ends
     first = min(time for _, time, _ in ends)
     together = [e for e in ends if e[1] - first < TOGETHER_SECONDS]
-    return min(together, key=lambda e: (e[2].status not in CERTAIN, e[1]))[2]
+    return min(together, key=lambda e: (e[2].status != USER_ERROR, e[2].status not in CERTAIN, e[1]))[2]

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from cluster import endings, job, picture
 from cluster.endings import Outcome
 from cluster.local import Attempt
-from cluster.run_directory import clock, is_finished, read_json, shown
+from cluster.run_directory import clock, is_finished, python, read_json, shown
 from trainer.config import Config, format_size
 
 LOOK_SECONDS = 0.2
@@ -225,8 +225,8 @@ class Follower:
             if sys.stdout.isatty() and grid.is_file():
                 picture.show(grid)
             print("\n".join(summary(self.config)))
-        elif status in (endings.INTERRUPTED, endings.START_AGAIN):
-            print(f"stopped at {clock(self.run)} images; go on with: python cluster/submit.py {shown(self.run)}")
+        elif status == endings.INTERRUPTED or (status == endings.START_AGAIN and self.asked):
+            print(f"stopped at {clock(self.run)} images; go on with: {python()} cluster/submit.py {shown(self.run)}")
         else:
             print(
                 f"failed: rank {outcome.rank} ended with status {outcome.status} while {STAGES.get(outcome.stage, 'starting')}"
@@ -264,12 +264,12 @@ def summary(config: Config) -> list[str]:
         if there:
             lines.append(f"  {label + ':':<16}{path}")
     sample = shown(snapshot) if snapshot.is_file() else shown(found[-1]) if found else f"{name}/snapshots/FILE"
-    python = shown(Path(sys.executable)) if not shown(Path(sys.executable)).startswith("/") else "python"
+    call = python()
     metric = "digits" if config.data.encode_from == "sklearn:digits" else "fid"
     lines += [
         "try next:",
-        f"  {python} -m trainer.posthoc {name} --sigma-rel 0.08 --out {name}/posthoc/sigma_rel_0.08.safetensors",
-        f"  {python} -m trainer.generate {sample} --classes all --per-class 16 --out {name}/samples/more.png",
-        f"  {python} -m trainer.evaluate {sample} --metric {metric}",
+        f"  {call} -m trainer.posthoc {name} --sigma-rel 0.08 --out {name}/posthoc/sigma_rel_0.08.safetensors",
+        f"  {call} -m trainer.generate {sample} --classes all --per-class 16 --out {name}/samples/more.png",
+        f"  {call} -m trainer.evaluate {sample} --metric {metric}",
     ]
     return lines

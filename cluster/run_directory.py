@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 from cluster.code_copy import copy_code
@@ -43,7 +44,7 @@ def prepare(config: Config, root: Path) -> list[str]:
         (moved if key.startswith(PLACEMENT) else refused).append(f"  {key}: {before!r} -> {after!r}")
     if refused:
         raise ValueError(
-            f"{shown(run)} was started with another config; submit it unchanged (python cluster/submit.py {shown(run)}), "
+            f"{shown(run)} was started with another config; submit it unchanged ({python()} cluster/submit.py {shown(run)}), "
             "or start another run from it with --fork NAME. Changed:\n" + "\n".join(refused)
         )
     if moved:
@@ -92,6 +93,10 @@ def fork(config: Config, name: str, root: Path) -> tuple[Config, list[str]]:
             child / "logs" / "forked_from.json", json.dumps({"run": str(parent), "images": int(checkpoint.name)})
         )
         _make(config, root)
+        # lives go on counting, so that the child's snapshots are not taken for an abandoned life's
+        told = read_json(parent / "state.json")
+        begun = {"version": 1, "status": "forked", "attempt": told.get("attempt", 1), "parent": parent.name}
+        write_atomically(child / "state.json", json.dumps(begun | {"clock": int(checkpoint.name)}))
     except BaseException:
         shutil.rmtree(child, ignore_errors=True)  # half a fork would stand in the way of the next try
         raise
@@ -118,6 +123,12 @@ def _link(source: Path, target: Path) -> None:
         )  # checkpoints and snapshots are never written to again, so both runs may share the bytes
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
+
+
+def python() -> str:
+    """Return how a user calls this interpreter from here."""
+    name = shown(Path(sys.executable))
+    return "python" if name.startswith("/") else name
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
@@ -162,7 +173,11 @@ def is_finished(run: Path) -> bool:
 
 def last_checkpoint(run: Path) -> Path | None:
     """Return the newest checkpoint folder; checkpoints are complete or absent, and named by their images."""
-    found = [p for p in (run / "checkpoints").glob("*") if re.fullmatch(r"\d{10}", p.name) and p.is_dir()]
+    found = [
+        p
+        for p in (run / "checkpoints").glob("*")
+        if re.fullmatch(r"\d{10}", p.name) and (p / "manifest.json").is_file()
+    ]
     return max(found, key=lambda p: p.name, default=None)
 
 

@@ -19,7 +19,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from cluster import job
-from cluster.run_directory import next_attempt, read_json, shown, write_atomically
+from cluster.run_directory import next_attempt, python, read_json, shown, write_atomically
 from trainer.config import Config
 
 OVER = ("", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
@@ -102,8 +102,8 @@ def submit(config: Config) -> list[str]:
         f"submitted Slurm job {submitted.job_id}: {c.nodes} nodes x {c.ranks_per_node} ranks",
         f"  logs:    {shown(run / 'logs')}/{attempt:04d}_rank*.log (from when it starts; a restart opens the next number)",
         f"  batch:   {shown(submitted.paths.stdout)}",
-        f"  follow:  python -m cluster.status {shown(run)}",
-        f"  stop:    python -m cluster.cancel {shown(run)} (saves first)",
+        f"  follow:  {python()} -m cluster.status {shown(run)}",
+        f"  stop:    {python()} -m cluster.cancel {shown(run)} (saves first)",
     ]
 
 

@@ -15,15 +15,16 @@ import xxhash
 from safetensors import safe_open
 
 from trainer.engine import Engine
+from trainer.optimizer import Fragment
 
 VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def state(engine: Engine):
-    """Yield (kind, tensor name, first element, 1-D view) of all that is state on this rank."""
+def state(engine: Engine, fragments: list[Fragment]):
+    """Yield (kind, tensor name, first element, 1-D view) of all that is state of these fragments of this rank."""
     adam = engine.optimizer.adam
-    for i, f in enumerate(engine.fragments):
+    for i, f in enumerate(fragments):
         yield "master", f.name, f.start, f.master
         for moment in MOMENTS:
             yield moment, f.name, f.start, f.state(adam, moment)
@@ -90,7 +91,7 @@ def _load_state(checkpoint: Path, manifest: dict, engine: Engine) -> None:
         for name, start, count in entry["pieces"]:
             where.setdefault(name, []).append((file, start, count))
     opened = {file: safe_open(checkpoint / file, framework="pt") for file in manifest["files"]}
-    for kind, name, start, tensor in state(engine):
+    for kind, name, start, tensor in state(engine, engine.fragments):
         if name not in where:
             raise ValueError(f"{checkpoint}: has no tensor {name}; it belongs to another network, start another run")
         filled, end = 0, start + tensor.numel()

@@ -8,6 +8,7 @@ completes only after every snapshot up to its clock is durable, or a kill could 
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -28,6 +29,9 @@ class CheckpointWriter:
         self.keep_last, self.keep_every_images = keep_last, keep_every_images
         self.durable = -1  # clock of the newest checkpoint of this start that is on disk
         self._thread: threading.Thread | None = None
+        if engine.rank == 0:
+            for left in (run / "checkpoints").glob(".*"):  # of a life that was killed while it wrote or deleted
+                shutil.rmtree(left, ignore_errors=True)
         self._error: BaseException | None = None
 
     def save(self, clock: int, life: int, extras: dict) -> None:
@@ -36,10 +40,11 @@ class CheckpointWriter:
         Raises OSError on every rank when the save before could not be written (a full disk); older checkpoints stay.
         """
         self.wait()
-        tensors = {f"{kind}/{name}": t.detach().to("cpu", copy=True) for kind, name, _, t in state(self.engine)}
+        owned = self.engine.owned()
+        tensors = {f"{kind}/{name}": t.detach().to("cpu", copy=True) for kind, name, _, t in state(self.engine, owned)}
         if self.engine.rank == 0:
             tensors |= {f"buffer/{n}": b.detach().to("cpu", copy=True) for n, b in self.engine.buffers().items()}
-        pieces = [[f.name, f.start, f.master.numel()] for f in self.engine.fragments]
+        pieces = [[f.name, f.start, f.master.numel()] for f in owned]
         manifest = {
             "version": VERSION,
             "clock": clock,
@@ -72,37 +77,39 @@ class CheckpointWriter:
     def _write(self, manifest: dict, tensors: dict[str, torch.Tensor], pieces: list) -> None:
         final = self.run / "checkpoints" / f"{manifest['clock']:010d}"
         beside = final.with_name(f".{final.name}.writing")
-        # in two rounds, and every rank takes part in both: nobody may wait for a rank that failed
+        # in rounds, and every rank votes in each: nobody may wait for a rank that failed
         self._all_did(manifest["clock"], self._make_folder, beside)
         try:
-            answers = self._all_did(manifest["clock"], self._write_rank_file, beside, tensors, pieces)
+            files = self._all_did(manifest["clock"], self._write_rank_file, beside, tensors, pieces)
+            self._all_did(manifest["clock"], self._commit, beside, final, manifest, files)
         except OSError:
             if self.engine.rank == 0:
                 shutil.rmtree(beside, ignore_errors=True)
             raise
-        if self.engine.rank == 0:
-            manifest["files"] = {name: entry for part in answers for name, entry in part.items()}
-            write_atomically(beside / "manifest.json", json.dumps(manifest, indent=1).encode())
-            shutil.rmtree(
-                final, ignore_errors=True
-            )  # only ever a damaged one: a whole one would have been resumed from
-            os.replace(beside, final)
-            sync_folder(final.parent)
-            self._drop_old(manifest["clock"])
-        self._agree(None)  # durable before any rank counts on it
 
     def _all_did(self, clock: int, what, *args) -> list:
         """Do `what` here and return what it returned on each rank; raise OSError everywhere if it could not be done on one."""
         problem, result = "", None
         try:
             result = what(*args)
-        except OSError as error:
+        except Exception as error:  # told to all ranks by the vote; the safetensors library's errors are no OSError
             problem = f"rank {self.engine.rank}: {error}"
         answers = self._agree((problem, result))
         problems = [p for p, _ in answers if p]
         if problems:
             raise OSError(f"checkpoint at {clock} images not saved: {problems[0]}; those before it are intact")
         return [r for _, r in answers]
+
+    def _commit(self, beside: Path, final: Path, manifest: dict, files: list[dict]) -> None:
+        if self.engine.rank != 0:
+            return
+        manifest["files"] = {name: entry for part in files for name, entry in part.items()}
+        write_atomically(beside / "manifest.json", json.dumps(manifest, indent=1).encode())
+        if final.exists():  # only ever a damaged one: a whole one would have been resumed from
+            _discard(final)
+        os.replace(beside, final)
+        sync_folder(final.parent)
+        self._drop_old(manifest["clock"])
 
     def _make_folder(self, folder: Path) -> None:
         if self.engine.rank == 0:
@@ -123,7 +130,7 @@ class CheckpointWriter:
         old = [p for p in list_checkpoints(self.run) if int(p.name) <= clock][: -self.keep_last]
         for path in old:
             if not self.keep_every_images or int(path.name) % self.keep_every_images:
-                shutil.rmtree(path)
+                _discard(path)
 
     def _agree(self, mine) -> list:
         if self.group is None:
@@ -131,6 +138,16 @@ class CheckpointWriter:
         everyone = [None] * self.engine.world
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint; hidden first, so that none with a final name is ever half there."""
+    hidden = folder.with_name(f".{folder.name}.discarded")
+    try:
+        os.replace(folder, hidden)
+    except OSError as error:  # an old checkpoint that stays costs disk space, nothing else
+        print(f"warning: {folder} stays: {error}", file=sys.stderr, flush=True)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _read_umask() -> int:

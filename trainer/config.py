@@ -145,7 +145,6 @@ class Engine:
     activations: str = one_of("fp32", "fp32", "bf16", "fp16")
     activation_checkpointing: bool = False
     compile: bool = False
-    deterministic: bool = True
     hang_seconds: int = at_least(
         600, 0
     )  # without a step for so long, every rank dumps its stacks and asks to be restarted; 0: off

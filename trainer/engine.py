@@ -22,6 +22,11 @@ from trainer.optimizer import Fragment, MagnitudeAdam, row_length, whole_fragmen
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
+def on_gpu() -> bool:
+    """Say whether every rank of this machine has a GPU of its own; else all compute on CPUs."""
+    return torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def start_process_group() -> tuple[int, int]:
     """Join the process group that the environment describes (a group of one without it) and return (rank, world)."""
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -29,15 +34,15 @@ def start_process_group() -> tuple[int, int]:
     if "MASTER_PORT" not in os.environ:
         assert os.environ["WORLD_SIZE"] == "1", "MASTER_PORT is not set although there are several ranks"
         os.environ["MASTER_PORT"] = str(_free_port())
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu() else "cpu")
     import deepspeed
     import deepspeed.ops
 
     # DeepSpeed would compile one op at start-up on CPUs (25-45 s, and a crash where there is no compiler); gloo does the same work
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if on_gpu() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
 
@@ -46,6 +51,11 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def device() -> torch.device:
+    """Return where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
 def build_denoiser(config: Config) -> torch.nn.Module:
@@ -69,8 +79,7 @@ class Engine:
         self.config, self.rank, self.world = config, dist.get_rank(), dist.get_world_size()
         check_batch(config, self.world)
         self.micro_steps = config.global_batch // (self.world * config.micro_batch)
-        on_gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self.device = device()
         self.module = module.to(self.device)
         o = config.optimizer
         adam = torch.optim.Adam(self.module.parameters(), lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
@@ -78,7 +87,8 @@ class Engine:
         self.fragments = self._find_fragments(adam)
         self._verify_layout()
         self.ema = ShardedEma(self.fragments, config.ema.sigma_rel)
-        self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite)
+        replicas = self.world if config.engine.zero_stage == 0 else 1
+        self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite, replicas)
         self.denoiser = torch.compile(self.module, fullgraph=True) if config.engine.compile else self.module
 
     def _deepspeed_config(self) -> dict:
@@ -108,6 +118,10 @@ class Engine:
             flat, offset = _locate(master, flats)
             found.append(Fragment(name, tuple(p.shape), address.start, master, rows[name], flat, offset))
         return found
+
+    def owned(self) -> list[Fragment]:
+        """Return the fragments that this rank writes to checkpoints and snapshots: together, every element once."""
+        return self.fragments if self.config.engine.zero_stage or self.rank == 0 else []
 
     def _verify_layout(self) -> None:
         """Assert that the fragments of all ranks cover every element once and hold the module's values."""

@@ -134,9 +134,15 @@ class MagnitudeAdam:
     """
 
     def __init__(
-        self, adam: torch.optim.Adam, fragments: Sequence[Fragment], ema: ShardedEma | None, nonfinite: str = "stop"
+        self,
+        adam: torch.optim.Adam,
+        fragments: Sequence[Fragment],
+        ema: ShardedEma | None,
+        nonfinite: str = "stop",
+        replicas: int = 1,
     ):
         self.adam, self.fragments, self.ema, self.nonfinite = adam, list(fragments), ema, nonfinite
+        self.replicas = replicas  # how many ranks hold each fragment: their squares are summed as often
         self.layout = RowLayout.of(self.fragments)
         self.device = self.fragments[0].master.device
         self.gradient_norm = torch.zeros((), device=self.device)
@@ -179,7 +185,7 @@ class MagnitudeAdam:
                 g.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             norms = norms.nan_to_num(nan=0.0, posinf=0.0)
         shared = self._shared_sums(norms.square().sum())
-        self.gradient_norm = shared[-2].sqrt() * self._gradient_scale
+        self.gradient_norm = (shared[-2] / self.replicas).sqrt() * self._gradient_scale
         bad = (shared[-1] > 0).float()
         # with 'stop', of the first bad step
         self.bad_fragments = torch.where(bad > self.masked, self._bad, self.bad_fragments)

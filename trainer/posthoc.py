@@ -88,8 +88,12 @@ def plan(snapshots: Sequence[Snapshot], sigma_rel: Sequence[float], at: int | No
 
 def _check_one_run(snapshots: Sequence[Snapshot]) -> None:
     first = snapshots[0]
+    parents = {s.header.get("parent") for s in snapshots}  # a fork keeps its parent's snapshots: one trajectory
+    names = {s.header.get("run") for s in snapshots}
     for s in snapshots[1:]:
         for key in ("run", "model", "data", "buffers"):
+            if key == "run" and len(names - parents) == 1:
+                continue
             if s.header.get(key) != first.header.get(key):
                 raise ValueError(
                     f"{s.path.name}: its {key} is not that of {first.path.name}; two runs share this folder, separate them"

@@ -7,13 +7,12 @@ order, because each of these is collective.
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from trainer import checkpoint, flops, provenance
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import Config, digest, to_dict
-from trainer.engine import Engine, build_denoiser, start_process_group
+from trainer.engine import Engine, build_denoiser, device, start_process_group
 from trainer.examples import Examples
 from trainer.loss import denoising_loss
 from trainer.meter import Meter
@@ -37,11 +36,11 @@ class Run:
         )  # rank 0 may have written before another rank read: one attempt, one last checkpoint
         self.state.values = shared[0]
         self.state.write()
-        self.say(f"attempt {self.state.attempt} of {folder} on {self.world} ranks")
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.examples = Examples(config, device)
+        self.say(f"attempt {self.state.attempt} of {folder} on {self.world} ranks, {device()}")
+        self.examples = Examples(config, device())
         self.engine = Engine(config, build_denoiser(config))
         self.clock, extras = checkpoint.restore(folder, self.engine, self.say)
+        self.engine.optimizer.num_nonfinite.fill_(extras.get("nonfinite_steps", 0))
         if "quarantine" in extras:
             self.examples.source.load_state(extras["quarantine"])
         self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
@@ -85,7 +84,7 @@ class Run:
             "life": self.state.attempt,
             "commit": commit,
             "config_hash": digest(config),
-            "parent": "",
+            "parent": self.state.values["parent"],
             "dtype": config.snapshots.dtype,
         }
 
@@ -135,7 +134,7 @@ class Run:
         started = time.perf_counter()
         for sigma_rel, average in zip(self.engine.ema.sigma_rel, self.engine.ema.averages, strict=True):
             pieces = [
-                (f.name, f.shape, f.start, t.cpu().clone()) for f, t in zip(self.engine.fragments, average, strict=True)
+                (f.name, f.shape, f.start, t.cpu().clone()) for f, t in zip(self.engine.owned(), average, strict=False)
             ]
             self.snapshots.submit(self.clock, sigma_rel, pieces, self.engine.buffers())
         self.metrics.set("evenkeel_snapshot_stall_seconds", time.perf_counter() - started)
@@ -145,20 +144,24 @@ class Run:
         """Begin a checkpoint; the loop waits for the copy to host memory only. A full disk is reported, not fatal."""
         self.watchdog.alive("checkpoint")
         started = time.perf_counter()
+        self.meter.check_finite()  # twice in a step: the second call knows this step
+        extras = self._extras()
         try:
-            self.checkpoints.save(self.clock, self.state.attempt, self._extras())
-        except OSError as error:
+            self.checkpoints.save(self.clock, self.state.attempt, extras)
+        except OSError as error:  # of the save before
             self.say(f"warning: {error}")
+            self.checkpoints.save(self.clock, self.state.attempt, extras)
         self.metrics.set("evenkeel_checkpoint_stall_seconds", time.perf_counter() - started)
 
     def _extras(self) -> dict:
-        """Return what truly is state besides the tensors: the union of the ranks' quarantine lists; collective."""
-        if self.config.data.on_bad != "replace":
-            return {"version": 1}
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, self.examples.source.state())
-        shards, samples = ({bad for one in everyone for bad in one[key]} for key in ("shards", "samples"))
-        return {"version": 1, "quarantine": {"version": 1, "shards": sorted(shards), "samples": sorted(samples)}}
+        """Return what truly is state besides the tensors: bad steps so far, the union of the ranks' quarantine; collective."""
+        extras = {"version": 1, "nonfinite_steps": int(self.engine.optimizer.num_nonfinite)}
+        if self.config.data.on_bad == "replace":
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, self.examples.source.state())
+            shards, samples = ({bad for one in everyone for bad in one[key]} for key in ("shards", "samples"))
+            extras["quarantine"] = {"version": 1, "shards": sorted(shards), "samples": sorted(samples)}
+        return extras
 
     def note_progress(self) -> None:
         """Tell others the clock and what is durable."""
@@ -168,6 +171,7 @@ class Run:
 
     def end(self, status: int) -> None:
         """Save, tell, and leave together: no rank goes before all are done saving."""
+        self.meter.check_finite()
         self.watchdog.close()  # a last save may wait for a full disk longer than any step
         try:
             self.checkpoints.wait()

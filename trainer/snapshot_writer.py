@@ -98,16 +98,17 @@ class SnapshotWriter:
             self._raise()
 
     def wait_durable(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        """Return when everything submitted is on disk; raise OSError where a disk without space has not taken it in time."""
+        """Return when everything submitted is on disk; raise OSError where a full disk refuses it for `patience_seconds`."""
+        refused_since = None
         with self._changed:
-            done = self._changed.wait_for(
-                lambda: self._error or not (self._jobs or self._busy or self._unwritten), timeout=patience_seconds
-            )
+            while not self._changed.wait_for(
+                lambda: self._error or not (self._jobs or self._busy or self._unwritten), timeout=1.0
+            ):
+                refused = self._unwritten and not self._busy  # tried, and waiting for the next try
+                refused_since = (refused_since or time.monotonic()) if refused else None
+                if refused_since is not None and time.monotonic() - refused_since > patience_seconds:
+                    raise OSError(errno.ENOSPC, f"{len(self._unwritten)} snapshots wait for space on the disk")
             self._raise()
-            if not done:
-                raise OSError(
-                    errno.ENOSPC, f"{len(self._unwritten) or len(self._jobs)} snapshots still wait for the disk"
-                )
 
     def close(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         """Write what is left and end the thread; raise OSError for snapshots that still find no space after `patience_seconds`."""

@@ -34,6 +34,7 @@ class RunState:
             "attempt": before.get("attempt", 0) + 1,
             "last_checkpoint": before.get("last_checkpoint", 0),
             "last_error": "",
+            "parent": before.get("parent", ""),  # the run this one was forked from
             "pid": os.getpid(),
             "host": socket.gethostname(),
         }
@@ -51,8 +52,10 @@ class RunState:
 
 
 def fail(run: str | os.PathLike, error: Exception) -> None:
-    """Record why this start of the run ended; any rank may, the last one is kept."""
+    """Record why this start of the run ended; any rank may, and the first is kept: the others fail because of it."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if read(run).get("status") == "failed":
+        return
     values = read(run) | {"status": "failed", "last_error": text, "time": time.time()}
     write_atomically(Path(run) / "state.json", json.dumps(values, indent=1).encode())
 

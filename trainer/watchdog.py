@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from trainer import state
 from trainer.stop import START_AGAIN
 
 FIRST_STEP_FACTOR = 10  # compilation, cold caches
@@ -29,19 +30,21 @@ class Watchdog:
         if limit_seconds:
             (run / "logs").mkdir(exist_ok=True)
             self._stacks = open(self._file(rank, "stacks"), "w")
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
 
     def alive(self, doing: str) -> None:
         """Say what begins now."""
         self.doing, self.since = doing, time.time()
-        if doing == "data":
+        if doing == "optimizer":
             self.steps += 1
 
     def close(self) -> None:
         """End the watch; without stacks to show, leave no file."""
         self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
         if self.limit:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
             self._file(self.rank, "stacks").unlink(missing_ok=True)
 
@@ -51,7 +54,7 @@ class Watchdog:
     def _watch(self) -> None:
         poll = min(1.0, self.limit / 4)
         while not self._ended.wait(poll):
-            limit = self.limit * (FIRST_STEP_FACTOR if self.steps <= 1 else 1)
+            limit = self.limit * (FIRST_STEP_FACTOR if self.steps < 2 else 1)
             faulthandler.dump_traceback_later(2 * limit + 30, exit=True, file=self._stacks)
             if time.time() - self.since > limit:
                 self._bark(limit)
@@ -70,9 +73,12 @@ class Watchdog:
         silent = [rank for rank, word in known.items() if word is None]
         guilty = silent or [min(known, key=lambda rank: known[rank]["since"])]
         words = ", ".join(f"rank {r}: {w['doing'] if w else 'no answer'}" for r, w in known.items())
-        print(
-            f"error: no step for {limit:.0f} s; rank {guilty[0]} hangs ({words}); stacks in {self._file(self.rank, 'stacks')}",
-            file=sys.stderr,
-            flush=True,
+        if time.time() - self.since < limit:  # it was only slow: the loop has got on meanwhile
+            self._file(self.rank, "hang").unlink(missing_ok=True)
+            return
+        text = (
+            f"no step for {limit:.0f} s; rank {guilty[0]} hangs ({words}); stacks in {self._file(self.rank, 'stacks')}"
         )
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        state.fail(self.run, TimeoutError(text))
         os._exit(START_AGAIN)
