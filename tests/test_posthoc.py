@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 from trainer import ema_profiles, posthoc, snapshots, tensor_file
-from trainer.snapshots import file_name
+from trainer.snapshots import Snapshot, file_name
 
 DATA = Path(__file__).parent / "data"
 TOY = json.loads((DATA / "posthoc_ema.json").read_text())["toy"]
@@ -227,3 +227,12 @@ def test_memory_depends_on_neither_network_nor_series(tmp_path):
         tracemalloc.stop()
     assert max(b.numel() for b in blocks) <= 2**16  # torch's share
     assert peak < 5 * 2**20  # Python's share: raw bytes of one chunk and headers
+
+
+def test_a_fork_and_its_parent_are_one_trajectory_two_strangers_are_not():
+    def snapshot(run, parent, clock):
+        return Snapshot(Path(f"ema-{clock}.safetensors"), clock, 0.05, {"run": run, "parent": parent})
+
+    posthoc._check_one_run([snapshot("old", "", 1), snapshot("new", "old", 2)])
+    with pytest.raises(ValueError, match="two runs share this folder"):
+        posthoc._check_one_run([snapshot("old", "", 1), snapshot("new", "", 2)])

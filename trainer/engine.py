@@ -7,6 +7,7 @@ at 1.0 unless told.
 
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -35,6 +36,8 @@ def start_process_group() -> tuple[int, int]:
         assert os.environ["WORLD_SIZE"] == "1", "MASTER_PORT is not set although there are several ranks"
         os.environ["MASTER_PORT"] = str(_free_port())
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu() else "cpu")
+    # DeepSpeed 0.19 calls a torch name that newer torch calls by another one; nothing a user could do about it
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
