@@ -58,6 +58,7 @@ def save():
     time.sleep(behave.get("save_seconds", 0))
     if rank == 0:
         (run / "checkpoints" / f"{clock:010d}").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints" / f"{clock:010d}" / "manifest.json").touch()
 
 
 tell("running")

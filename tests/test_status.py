@@ -17,6 +17,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "x"
     (run / "checkpoints" / "0000002048").mkdir(parents=True)
+    (run / "checkpoints" / "0000002048" / "manifest.json").touch()
     (run / "config.yaml").touch()
     return run
 
