@@ -18,9 +18,10 @@ from rich.table import Table
 
 from models.magnitude import MPConv, normalize
 from trainer import flops
-from trainer.config import ROOT, Model, to_dict
+from trainer.config import ROOT, to_dict
 from trainer.ema import ShardedEma
 from trainer.engine import build_denoiser
+from trainer.groups import Model
 from trainer.loss import denoising_loss
 from trainer.optimizer import MagnitudeAdam, whole_fragments
 

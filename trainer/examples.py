@@ -18,7 +18,8 @@ from data_pipeline.stock import open_stock
 from data_pipeline.wds import open_source
 from models.noise import density
 from trainer import draws
-from trainer.config import Config, Data
+from trainer.config import Config
+from trainer.groups import Data
 
 
 @dataclass

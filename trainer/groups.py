@@ -1,0 +1,190 @@
+"""The groups of a config: one dataclass each, every key with its type, its default and what it may be.
+
+The words are the papers'. A key that is not here does not exist: configs/ and the command line can only set what this file names.
+Checks that span keys are in trainer/config.py.
+"""
+
+from dataclasses import dataclass, field
+
+from trainer.typed import at_least, list_of, one_of, required
+
+
+@dataclass
+class Model:
+    """The network; names follow the EDM2 paper (Karras et al. 2024, Table 6 and Appendix A)."""
+
+    family: str = one_of("edm2", "edm2")
+    resolution: int = at_least(64, 1)  # height and width of what is diffused: latents or pixels
+    channels: int = at_least(4, 1)
+    label_dim: int = at_least(1000, 0)  # 0: unconditional
+    model_channels: int = at_least(192, 1)
+    channel_mult: list[int] = list_of(1, 2, 3, 4)
+    num_blocks: int = at_least(3, 1)
+    attn_resolutions: list[int] = list_of(16, 8)
+    channels_per_head: int = at_least(64, 1)
+    channel_mult_noise: int = at_least(0, 0)  # 0: the first level's width
+    channel_mult_emb: int = at_least(0, 0)  # 0: the widest level's width
+    label_balance: float = 0.5
+    concat_balance: float = 0.5
+    residual_balance: float = 0.3
+    attn_balance: float = 0.3
+    clip_act: float = 256.0  # 0: off
+    dropout: float = at_least(0.0, 0.0)
+    resample_filter: list[int] = list_of(1, 1)
+    logvar_channels: int = at_least(128, 1)
+    sigma_data: float = 0.5
+
+
+@dataclass
+class Noise:
+    """The density of noise levels in training."""
+
+    density: str = one_of("lognormal", "lognormal", "laplace", "cosine")
+    P_mean: float = -0.4  # of ln sigma, lognormal (EDM2: -0.4 for latents, -0.8 for ImageNet-64 pixels)
+    P_std: float = at_least(1.0, 0.0)
+    mu: float = 0.0  # of logsnr, laplace (Hang & Gu 2024)
+    b: float = 0.5
+    sigma_min: float = at_least(0.0, 0.0)  # 0: no lower bound
+    sigma_max: float = at_least(0.0, 0.0)  # 0: no upper bound
+
+
+@dataclass
+class Loss:
+    """The training objective (Karras et al. 2024, Eq. 14-21)."""
+
+    uncertainty: bool = True
+    label_dropout: float = at_least(0.0, 0.0)
+
+
+@dataclass
+class Optimizer:
+    """Adam on magnitude-preserving shards; betas from Karras et al. 2024, Table 1."""
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    nonfinite: str = one_of("stop", "stop", "skip", "zero")
+    max_skipped_steps: int = at_least(10, 0)  # with nonfinite=skip: more than this many in a run stop it
+
+
+@dataclass
+class LearningRate:
+    """Inverse-square-root decay with linear ramp-up (Karras et al. 2024, Eq. 67), in images."""
+
+    ref_lr: float = 0.01
+    decay_images: int = at_least(143_360_000, 0)  # 70,000 batches of 2,048; 0: no decay
+    rampup_images: int = at_least(10_000_000, 0)  # 0: none
+
+
+@dataclass
+class Ema:
+    """Power-function averages tracked during training, by their relative width."""
+
+    sigma_rel: list[float] = list_of(0.05, 0.10)
+
+
+@dataclass
+class Snapshots:
+    """EMA snapshots for post-hoc reconstruction."""
+
+    every_images: int = at_least(8 * 2**20, 0)  # 0: none
+    dtype: str = one_of("fp16", "fp16", "bf16", "fp32")
+
+
+@dataclass
+class Checkpoints:
+    """The state a run continues from, bitwise."""
+
+    every_images: int = at_least(128 * 2**20, 0)  # 0: only when stopping
+    keep_last: int = at_least(2, 1)
+    keep_every_images: int = at_least(0, 0)  # keep those at its multiples for good; 0: none
+
+
+@dataclass
+class Data:
+    """The shards."""
+
+    path: str = required()
+    codec: str = "sd-vae-ft-mse"  # must equal the manifest's: a network trained on other latents is another network
+    encode_from: str = ""  # source for data_pipeline.encode when `path` has no manifest yet
+    window: int = at_least(16, 1)  # shards whose samples are mixed
+    reader: str = one_of("indexed", "indexed", "stock")  # stock: the libraries' own iterators, behind guards
+    verify: bool = True  # check every sample against its hash in the index
+    on_bad: str = one_of("stop", "stop", "replace")  # replace: deterministically, counted, up to max_bad
+    max_bad: int = at_least(0, 0)  # samples; 0: one in 10,000
+    threads: int = at_least(1, 1)  # that copy samples into a batch
+    cache_folder: str = (
+        "~/.cache/evenkeel"  # for a remote `path`: shards are fetched whole; ranks and jobs of a node share it
+    )
+    cache_bytes: int = at_least(64 * 2**30, 1)
+
+
+@dataclass
+class Engine:
+    """How the step is executed."""
+
+    zero_stage: int = field(default=1, metadata={"choices": (0, 1, 2)})
+    activations: str = one_of("fp32", "fp32", "bf16", "fp16")
+    activation_checkpointing: bool = False
+    compile: bool = False
+    hang_seconds: int = at_least(
+        600, 0
+    )  # without a step for so long, every rank dumps its stacks and asks to be restarted; 0: off
+
+
+@dataclass
+class Metrics:
+    """What is exported, how often."""
+
+    every_images: int = at_least(128 * 2**10, 1)
+    address: str = "127.0.0.1"
+    port: int = at_least(0, 0)  # 0: any free one; it is written to RUN/targets/
+
+
+@dataclass
+class Cluster:
+    """Where the ranks run, and what follows the training."""
+
+    kind: str = one_of("local", "local", "slurm")
+    nodes: int = at_least(1, 1)
+    ranks_per_node: int = at_least(1, 1)
+    gpus_per_node: int = at_least(0, 0)
+    cpus_per_rank: int = at_least(1, 1)
+    memory_gb: int = at_least(0, 0)  # per node; 0: the partition's default
+    time_minutes: int = at_least(0, 0)  # 0: the partition's default
+    signal_seconds: int = at_least(120, 0)  # warning before the time limit; a save must fit
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    reservation: str = ""
+    mail_user: str = ""
+    slurm_parameters: dict = field(default_factory=dict)  # any further sbatch options, by name
+    setup: list[str] = list_of()  # lines of the batch script before srun
+    max_restarts: int = at_least(3, 0)  # in a row without progress of the clock
+    finish_sigma_rel: float = at_least(0.0, 0.0)  # after the run: reconstruct this EMA length; 0: nothing
+    finish_images_per_class: int = at_least(8, 0)  # ... and draw a grid with it
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: str = required()  # the run directory
+    duration_images: int = required(1)
+    global_batch: int = required(1)
+    micro_batch: int = required(1)  # samples of one forward on one rank
+    seed: int = at_least(0, 0)
+    model: Model = field(default_factory=Model)
+    noise: Noise = field(default_factory=Noise)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr: LearningRate = field(default_factory=LearningRate)
+    ema: Ema = field(default_factory=Ema)
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    data: Data = field(default_factory=Data)
+    engine: Engine = field(default_factory=Engine)
+    metrics: Metrics = field(default_factory=Metrics)
+    cluster: Cluster = field(default_factory=Cluster)
