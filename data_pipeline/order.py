@@ -18,7 +18,7 @@ import numpy as np
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MASK = 2**64 - 1
-_SHARDS, _SAMPLES = 1, 2  # streams
+_SHARDS, _SAMPLES, _HELD_OUT = 1, 2, 3  # streams
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -43,6 +43,25 @@ def permutation(n: int, *words: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         hashes = _mix(_key(*words) + _GAMMA * np.arange(1, n + 1, dtype=np.uint64))
     return np.argsort(hashes, kind="stable")
+
+
+def held_out(n: int, fraction: float) -> np.ndarray:
+    """Say which of n samples belong to the held-out part; bool [n].
+
+    A sample's side depends on its number in the dataset and on nothing else (no training seed: runs with several seeds share one
+    split), a larger fraction holds all that a smaller one does, and shards that are added later move nobody.
+    Raises ValueError where one side of the split would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"heldout={fraction} must be at least 0 and below 1; try 0.01")
+    with np.errstate(over="ignore"):
+        hashes = _mix(_key(_HELD_OUT) + _GAMMA * np.arange(1, n + 1, dtype=np.uint64))
+    chosen = hashes < np.uint64(int(fraction * 2**64))
+    if chosen.all() or not chosen.any():
+        raise ValueError(
+            f"heldout={fraction} of {n} samples leaves one side empty; use a larger dataset or another part"
+        )
+    return chosen
 
 
 @lru_cache(maxsize=4)

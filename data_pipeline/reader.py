@@ -30,8 +30,21 @@ class BadSample(ValueError):
     """One sample that is not what the index says; every other error is about the whole shard."""
 
 
+def _split(sizes: np.ndarray, heldout: float, part: str) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return the sample ids of one part of a dataset, ascending (None: all of them), and how many of them each shard has."""
+    if heldout == 0 and part == "train":
+        return None, sizes
+    chosen = order.held_out(int(sizes.sum()), heldout) == (part == "heldout")
+    before = np.concatenate([[0], np.cumsum(chosen)])
+    ends = np.cumsum(sizes)
+    return np.flatnonzero(chosen), before[ends] - before[ends - sizes]
+
+
 class Source:
-    """A dataset to train on. Thread-safe; see the module's head for its laws."""
+    """A dataset to train on, or (`part`) the share `heldout` of it that training never sees.
+
+    Thread-safe; see the module's head for its laws.
+    """
 
     def __init__(
         self,
@@ -48,7 +61,11 @@ class Source:
         threads: int = 1,
         depth: int = 2,
         max_open: int = 256,
+        heldout: float = 0.0,
+        part: str = "train",
     ):
+        if part not in ("train", "heldout"):
+            raise ValueError(f"part {part!r} is none of train, heldout")
         if on_bad not in ("stop", "replace"):
             raise ValueError(f"on_bad {on_bad!r} is none of stop, replace")
         self.manifest, self.files, self.seed, self.window = manifest, files, seed, window
@@ -57,6 +74,7 @@ class Source:
         self.max_bad = max(1, manifest.num_samples // 10_000) if max_bad is None else max_bad
         self._sizes = manifest.shard_sizes
         self._ends = np.cumsum(self._sizes)
+        self._members, self._member_sizes = _split(self._sizes, heldout, part)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._max_open = max_open
         self._lock = threading.Lock()  # of counters, quarantine and pending batches; never held while reading
@@ -138,7 +156,13 @@ class Source:
 
     def sample_ids(self, positions) -> np.ndarray:
         """Return the sample ids at positions, before any replacement."""
-        return order.sample_at(self.seed, positions, self._sizes, self.window)
+        ids = order.sample_at(self.seed, positions, self._member_sizes, self.window)
+        return ids if self._members is None else self._members[ids]
+
+    @property
+    def num_samples(self) -> int:
+        """Return the samples in an epoch: those of this part of the dataset."""
+        return int(self._member_sizes.sum())
 
     def _read(self, positions: np.ndarray) -> LatentBatch:
         m = self.manifest
@@ -160,7 +184,7 @@ class Source:
     def _names_ahead(self, position: int) -> list[str]:
         if isinstance(self.files, LocalFolder):
             return []
-        shards = order.shards_ahead(self.seed, position, self._sizes, self.window)
+        shards = order.shards_ahead(self.seed, position, self._member_sizes, self.window)
         entries = [self.manifest.shards[shard] for shard in shards]
         return [name for entry in entries for name in (entry.index_name, entry.name)]
 
@@ -205,11 +229,18 @@ class Source:
         return shard, sample - int(self._ends[shard] - self._sizes[shard])
 
     def _substitute(self, shard: int, number: int, sample: int) -> int:
-        """Name what replaces a bad sample: the next one, or the same row of the next shard when all of its shard is bad."""
+        """Name what replaces a bad sample: the next one, or the same row of the next shard when all of its shard is bad.
+
+        Where that belongs to the other part of the dataset, the next one that does not.
+        """
         if shard not in self._bad_shards:
-            return (sample + 1) % self.manifest.num_samples
-        shard = (shard + 1) % len(self._sizes)
-        return int(self._ends[shard] - self._sizes[shard]) + number % int(self._sizes[shard])
+            found = (sample + 1) % self.manifest.num_samples
+        else:
+            shard = (shard + 1) % len(self._sizes)
+            found = int(self._ends[shard] - self._sizes[shard]) + number % int(self._sizes[shard])
+        if self._members is None:
+            return found
+        return int(self._members[np.searchsorted(self._members, found) % len(self._members)])
 
     def _read_one(self, shard: int, number: int, row: np.ndarray) -> int:
         opened = self._get(shard)

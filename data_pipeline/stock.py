@@ -76,7 +76,7 @@ class StockSource:
     def __init__(self, folder, seed: int, window: int, timeout_seconds: float):
         self.manifest: Manifest = manifest.load(folder)
         self.seed, self.window, self.timeout_seconds = seed, window, timeout_seconds
-        self.sizes = self.manifest.shard_sizes
+        self.sizes, self.num_samples = self.manifest.shard_sizes, self.manifest.num_samples
         m, folder = self.manifest, manifest.manifest_path(folder).parent
         self.rows = [
             index.read(folder / s.index_name, s.index_sha256, s.samples, m.sample_bytes, s.bytes) for s in m.shards

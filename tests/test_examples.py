@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import encode
+from data_pipeline import encode, order
 from trainer.config import ROOT, load
 from trainer.examples import Examples, micro_batches
 
@@ -72,6 +72,17 @@ def test_a_dataset_that_does_not_fit_is_refused_in_one_line(digits):
         with pytest.raises(ValueError) as caught:
             examples_of(digits, *overrides)
         assert "\n" not in str(caught.value), caught.value
+
+
+def test_a_part_is_held_out_of_training(digits):
+    examples = examples_of(digits, "data.heldout=0.1")
+    n = examples.source.num_samples
+    kept = ~order.held_out(1797, 0.1)
+    assert sorted(examples.source.sample_ids(np.arange(n)).tolist()) == np.flatnonzero(kept).tolist()
+    assert examples_of(digits).source.num_samples == 1797
+    for overrides in (["data.heldout=1"], ["data.heldout=0.1", "data.reader=stock"]):
+        with pytest.raises(ValueError, match="data.heldout"):
+            examples_of(digits, *overrides)
 
 
 def test_dropout_masks_are_functions_of_layer_and_position(digits):

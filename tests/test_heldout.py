@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import encode, manifest
+from data_pipeline import encode, manifest, order, wds
+from data_pipeline.latents import whiten
 from trainer import heldout
 
 
@@ -60,6 +61,22 @@ def test_each_image_once_and_whitened_as_the_network_wants(digits):
     other = heldout.Data(digits[0], digits[1] | {"mean": [0.0], "std": [127.5], "digest": "another"}, 100)
     assert "held out" in other.name
     assert next(other.batches(100))[1].min() == 0  # pixels 0 are 0 where the network says that the mean is 0
+
+
+def test_a_run_that_held_something_out_is_measured_on_that(digits):
+    """The two parts of the training data have nothing in common and are all of it."""
+    header = digits[1] | {"heldout": 0.1}
+    data = heldout.Data(digits[0], header, 10**6)
+    chosen = order.held_out(1797, 0.1)
+    assert data.num == chosen.sum() and "held out" in data.name
+    assert data.digest != heldout.Data(digits[0], digits[1], 10).digest  # statistics of the two must not be mixed up
+    found = torch.cat([x for _, x, _ in data.batches(50)])
+    with wds.open_source(digits[0], 0, 16, heldout=0.1) as source:
+        trained_on = whiten(source.batch(np.arange(source.num_samples)).stored, source.manifest)
+    assert len(trained_on) + len(found) == 1797
+    seen = {x.numpy().tobytes() for x in trained_on}
+    assert not any(x.numpy().tobytes() in seen for x in found)
+    assert heldout.Data(digits[0], header | {"digest": "another"}, 10**6).num == 1797  # of other data, everything
 
 
 def test_other_data_is_refused(digits):

@@ -100,6 +100,22 @@ def test_an_imagenet_epoch_starts_quickly():
     assert time.perf_counter() - start < 2  # a full permutation of 1.28 M: 0.2 s on a quiet machine
 
 
+def test_the_held_out_part_is_a_function_of_the_number_alone():
+    chosen = order.held_out(100_000, 0.01)
+    assert abs(chosen.sum() - 1000) < 4 * 1000**0.5  # binomial
+    assert (order.held_out(40_000, 0.01) == chosen[:40_000]).all(), "shards that are added later move nobody"
+    assert not (chosen & ~order.held_out(100_000, 0.02)).any(), "a larger part holds a smaller one"
+    assert np.flatnonzero(order.held_out(100, 0.1)).tolist() == FROZEN_HELD_OUT  # part of every run that uses it
+    by_residue = [order.held_out(100_000, 0.1)[k::10].mean() for k in range(10)]
+    assert max(by_residue) - min(by_residue) < 0.02, "it follows no pattern of the numbering"
+    for n, fraction in ((100, -0.1), (100, 1.0), (100, float("nan")), (3, 1e-9)):
+        with pytest.raises(ValueError, match="heldout="):
+            order.held_out(n, fraction)
+
+
+FROZEN_HELD_OUT = [2, 19, 56, 72, 79, 84, 91]
+
+
 @pytest.mark.parametrize("arguments", [([-1], [3], 1), ([0], [0], 1), ([0], [3], 0), ([0], [3, -1], 1)])
 def test_nonsense_is_refused(arguments):
     with pytest.raises(ValueError):

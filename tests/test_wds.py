@@ -102,6 +102,26 @@ def test_many_threads_may_read(clean):
         assert not wrong
 
 
+def test_parts_are_one_dataset_cut_in_two(clean):
+    """An epoch of either part is each of its samples once; the training seed, the window and the layout do not move the cut."""
+    folder, samples = clean
+    cut = order.held_out(N, 0.3)
+    for seed, window in ((0, 2), (5, 99)):
+        for part, ids in (("train", np.flatnonzero(~cut)), ("heldout", np.flatnonzero(cut))):
+            with wds.open_source(folder, seed, window, heldout=0.3, part=part) as source:
+                n = source.num_samples
+                assert n == len(ids) < N
+                for epoch in range(3):
+                    positions = np.arange(epoch * n, (epoch + 1) * n)
+                    assert sorted(source.sample_ids(positions).tolist()) == ids.tolist()
+                batch, order_of = source.batch(np.arange(n)), source.sample_ids(np.arange(n))
+                assert (batch.stored.numpy() == np.stack([samples[i][1] for i in order_of])).all()
+                assert batch.labels.tolist() == [samples[i][2] for i in order_of]
+    for options in ({"part": "heldout"}, {"part": "test", "heldout": 0.1}, {"heldout": 1.0}, {"heldout": 1e-9}):
+        with pytest.raises(ValueError, match=r"heldout|part"):
+            wds.open_source(folder, 0, 2, **options)
+
+
 # -- what the stock library sees --------------------------------------------------------------------------------------
 
 
@@ -249,8 +269,8 @@ def sample_offset(folder, shard, number):
 
 def whole_epoch(folder, **options):
     with wds.open_source(folder, 3, 2, **options) as source:
-        batch = source.batch(np.arange(N))
-        return source.sample_ids(np.arange(N)), batch, source.counters(), source.state()
+        batch = source.batch(np.arange(source.num_samples))
+        return source.sample_ids(np.arange(source.num_samples)), batch, source.counters(), source.state()
 
 
 @pytest.mark.parametrize("use_mmap", [True, False])
@@ -313,6 +333,19 @@ def test_bad_shard_stops_or_is_replaced(dataset, damage, suffix):
     assert (batch.stored.numpy() == np.stack([samples[i][1] for i in used])).all()
     assert (counters["replaced"], counters["quarantined_shards"]) == (7, 1)
     assert state["shards"] == [1]
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_replacements_stay_in_their_part(dataset, part):
+    """What was held out must not come into training in place of what is bad."""
+    folder, samples = dataset
+    (folder / "shard-000001.tar").unlink()
+    offset, _ = sample_offset(folder, 2, 3)
+    flip(folder / "shard-000002.tar", offset)
+    mine = np.flatnonzero(order.held_out(N, 0.4) == (part == "heldout"))
+    values = {samples[i][1].tobytes() for i in mine}
+    _, batch, counters, _ = whole_epoch(folder, on_bad="replace", max_bad=8, heldout=0.4, part=part)
+    assert counters["replaced"] > 0 and {array.tobytes() for array in batch.stored.numpy()} <= values
 
 
 def test_replacements_are_the_same_after_a_restart(dataset):

@@ -86,6 +86,12 @@ def check(config: Config) -> None:
     for key, value in (("model.dropout", config.model.dropout), ("loss.label_dropout", config.loss.label_dropout)):
         if value >= 1:
             raise ValueError(f"{key}={value}: must be below 1; try 0.1")
+    if config.data.heldout >= 1:
+        raise ValueError(f"data.heldout={config.data.heldout}: must be below 1; try 0.01")
+    if config.data.heldout and config.data.reader == "stock":
+        raise ValueError(
+            "data.heldout does not go with data.reader=stock, which reads everything; use data.reader=indexed"
+        )
     if config.noise.sigma_max and config.noise.sigma_max <= config.noise.sigma_min:
         raise ValueError(
             f"noise.sigma_max={config.noise.sigma_max}: must exceed noise.sigma_min={config.noise.sigma_min}"

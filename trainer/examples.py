@@ -104,5 +104,6 @@ def _open(data: Data, seed: int, pin: bool):
         max_bad=data.max_bad or None,
         checked=data.verify,
         threads=data.threads,
+        heldout=data.heldout,
         pin=pin,
     )

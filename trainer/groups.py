@@ -113,6 +113,9 @@ class Data:
     on_bad: str = one_of("stop", "stop", "replace")  # replace: deterministically, counted, up to max_bad
     max_bad: int = at_least(0, 0)  # samples; 0: one in 10,000
     threads: int = at_least(1, 1)  # that copy samples into a batch
+    heldout: float = at_least(
+        0.0, 0.0
+    )  # share of the samples that training never sees, by a hash of their number; try 0.01
     cache_folder: str = (
         "~/.cache/evenkeel"  # for a remote `path`: shards are fetched whole; ranks and jobs of a node share it
     )

@@ -28,6 +28,7 @@ SEED, STREAM, WINDOW = 0, "heldout", 16
 class Data:
     """The first `num_images` of a dataset (all of it, if it has fewer), whitened as a network's header entry `data` says.
 
+    Of the training data, only the part that was held out, where the header says that one was (`heldout`, data.heldout of the run).
     Raises ValueError where the dataset has another codec or shape.
     """
 
@@ -35,6 +36,11 @@ class Data:
         self.header, self.seed = SimpleNamespace(**data), seed
         self.opened = open_source(str(path), seed, WINDOW)
         manifest = self.opened.manifest
+        trained_on, self.digest = manifest.digest == data["digest"], manifest.digest
+        if trained_on and data.get("heldout"):
+            self.opened.close()
+            self.opened = open_source(str(path), seed, WINDOW, heldout=data["heldout"], part="heldout")
+            trained_on, self.digest = False, f"{self.digest} held out {data['heldout']}"
         for key in ("codec", "codec_hash", "moments", "label_dim"):
             if getattr(manifest, key) != data[key]:
                 raise ValueError(
@@ -44,8 +50,8 @@ class Data:
             raise ValueError(
                 f"{path}: its samples are {list(manifest.shape)}, the network's {data['shape']}; give data like it"
             )
-        self.num, self.digest = min(num_images, manifest.num_samples), manifest.digest
-        self.name = f"{path} ({'the training data' if manifest.digest == data['digest'] else 'held out'})"
+        self.num = min(num_images, self.opened.num_samples)
+        self.name = f"{path} ({'the training data' if trained_on else 'held out'})"
 
     def batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (positions int64 [N], latents fp32 [N, C, H, W], labels int64 [N]); each image once."""

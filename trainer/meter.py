@@ -105,7 +105,7 @@ class Meter:
         steps, put = images / self.config.global_batch, self.metrics.set
         rate = images / elapsed
         put("evenkeel_images_seen", self.clock)
-        put("evenkeel_epoch_ratio", self.clock / self.source.manifest.num_samples)
+        put("evenkeel_epoch_ratio", self.clock / self.source.num_samples)
         put("evenkeel_images_per_second", rate)
         put("evenkeel_eta_seconds", (self.config.duration_images - self.clock) / rate)
         put("evenkeel_flops_per_second", rate * self.flops_per_image)

@@ -75,6 +75,8 @@ class Run:
             "label_dim": manifest.label_dim,
             "digest": manifest.digest,
         }
+        if config.data.heldout:  # absent where nothing is, so that snapshots of earlier versions stay of one series
+            data["heldout"] = config.data.heldout
         return {
             "kind": "ema",
             "model": to_dict(config)["model"],
