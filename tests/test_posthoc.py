@@ -204,7 +204,22 @@ def test_holes_are_named(toy, tmp_path, capsys):
     for clock in (2048, 2560):
         (run / "snapshots" / file_name(clock, 0.05)).unlink()
     assert run_cli(run, "--sigma-rel", 0.075, "--out", tmp_path / "x") == 0
-    assert "hole: no snapshot of sigma_rel 0.050 between 1536 and 3072 images" in capsys.readouterr().out
+    assert "hole: no snapshot of sigma_rel 0.050 between 1536 and 3072 images\n" in capsys.readouterr().out
+
+
+def test_a_hole_names_the_life_that_began_in_it_and_a_life_that_began_earlier_wins(toy, tmp_path, capsys):
+    """The header's `life_start` tells of a restart before the new life has written at an earlier clock."""
+    run, golden = toy
+    row = toy_tensors(golden["toy.snapshots"][-1])
+    for path in (run / "snapshots").glob("*"):
+        if 2048 <= snapshots.read_header(path)["clock"] <= 2560:
+            path.unlink()
+    for sigma_rel in (0.05, 0.10):
+        write_snapshot(run, 6656, sigma_rel, row, life=2, life_start=2200)
+    assert run_cli(run, "--sigma-rel", 0.075, "--out", tmp_path / "x", "--max-error", 1) == 0
+    said = capsys.readouterr().out
+    assert "left out 14 snapshots of an abandoned life" in said  # 3072 .. 6144: life 2 went back to 2200
+    assert "between 1536 and 6656 images (life 2 began at 2200)" in said
 
 
 def test_memory_depends_on_neither_network_nor_series(tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from data_pipeline import encode
 from tests.gloo import ROOT, Ranks
+from trainer.snapshots import file_name, read_header
 
 STEPS, BATCH = 12, 64
 OVERRIDES = [
@@ -104,7 +105,10 @@ def test_a_signal_to_one_rank_stops_all_at_one_boundary_and_nothing_is_lost(
     assert ranks.wait() == [status, status], ranks.output()
     state = json.loads((run / "state.json").read_text())
     assert state["status"] == "stopped" and 0 < state["clock"] == state["last_checkpoint"] < STEPS * BATCH
+    stopped_at = state["clock"]
     finish(run, data)
+    last = read_header(run / "snapshots" / file_name(STEPS * BATCH, 0.1))
+    assert (last["life"], last["life_start"]) == (2, stopped_at)
     state = json.loads((run / "state.json").read_text())
     assert (state["status"], state["clock"], state["attempt"]) == ("finished", STEPS * BATCH, 2)
     assert_same(run, undisturbed)

@@ -101,17 +101,20 @@ def _check_one_run(snapshots: Sequence[Snapshot]) -> None:
 
 
 def holes(snapshots: Sequence[Snapshot]) -> list[str]:
-    """Name what is missing from a series: lengths absent at a clock, and gaps wider than the usual spacing."""
+    """Name what is missing from a series: gaps wider than the usual spacing, and the lives that began inside them."""
     found = []
     lengths = sorted({s.sigma_rel for s in snapshots})
+    began = {s.header["life"]: s.header["life_start"] for s in snapshots if s.header.get("life_start")}
     for sigma_rel in lengths:
         clocks = [0] + [s.clock for s in snapshots if s.sigma_rel == sigma_rel]
         gaps = np.diff(clocks)
         usual = np.median(gaps)
-        found += [
-            f"hole: no snapshot of sigma_rel {sigma_rel:.3f} between {clocks[i]} and {clocks[i + 1]} images"
-            for i in np.flatnonzero(gaps > 1.5 * usual)
-        ]
+        for i in np.flatnonzero(gaps > 1.5 * usual):
+            line = f"hole: no snapshot of sigma_rel {sigma_rel:.3f} between {clocks[i]} and {clocks[i + 1]} images"
+            lives = [
+                f"life {life} began at {start}" for life, start in began.items() if clocks[i] < start < clocks[i + 1]
+            ]
+            found.append(line + (f" ({', '.join(lives)})" if lives else ""))
     return found
 
 

@@ -84,6 +84,7 @@ class Run:
             "update_interval_images": config.global_batch,
             "run": self.folder.name,
             "life": self.state.attempt,
+            "life_start": self.clock,
             "commit": commit,
             "config_hash": digest(config),
             "parent": self.state.values["parent"],
