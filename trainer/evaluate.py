@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from data_pipeline.progress import Progress
-from trainer import config, digit_labels, features, frechet, generate, heldout
+from trainer import digit_labels, evaluations, features, frechet, generate, heldout
 from trainer.state import write_atomically
 
+DATA_IMAGES = 50_000  # as many as published Frechet distances draw
 KEPT_FEATURES = 5000  # of each side, for precision and recall, which are quadratic in them
 
 
@@ -117,13 +118,8 @@ _reader = functools.cache(digit_labels.train_reader)
 
 def _data(subject: Subject, options: argparse.Namespace) -> heldout.Data:
     """Open --data, or the run's own training data, for which the run directory must be around the snapshot."""
-    path = options.data
-    if path is None:
-        run = next((p for p in subject.path.resolve().parents if (p / "config.yaml").is_file()), None)
-        if run is None:
-            raise ValueError(f"{subject.path}: lies in no run directory that names its data; give --data FOLDER")
-        path = config.read_yaml(run / "config.yaml")["data"]["path"]
-    return heldout.Data(path, vars(subject.drawing.data), options.data_images)
+    run = next((p for p in subject.path.resolve().parents if (p / "config.yaml").is_file()), None)
+    return heldout.open_of_run(run, options.data, vars(subject.drawing.data), options.data_images or DATA_IMAGES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", type=Path, help="loss and distances: dataset to compare with (default: the run's own)"
     )
-    parser.add_argument("--data-images", type=int, default=50_000, help="at most so many of it (default %(default)s)")
+    parser.add_argument(
+        "--data-images", type=int, help=f"at most so many (default {DATA_IMAGES}; --follow: {evaluations.DATA_IMAGES})"
+    )
     parser.add_argument(
         "--reference", type=Path, help="distances: statistics as .npz or a dataset-refs pickle, instead of data"
     )
@@ -187,21 +185,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", type=Path, help="folder for one JSON file per snapshot; those that are there are kept"
     )
+    parser.add_argument(
+        "--follow", action="store_true", help="loss and a grid of each snapshot of a RUN, now and as they come"
+    )
+    parser.add_argument("--no-pictures", action="store_true", help="--follow: the loss only")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=3600.0,
+        help="--follow: end after so many silent seconds (default %(default)s)",
+    )
     generate.add_drawing_options(parser)
     return parser
+
+
+def _check(options: argparse.Namespace) -> list[str]:
+    """Return the metrics asked for; raise ValueError for options that cannot be."""
+    names = options.metric.split(",")
+    unknown = [n for n in names if n not in METRICS]
+    if unknown:
+        raise ValueError(f"--metric {unknown[0]}: known are {', '.join(METRICS)}")
+    for key in ("per_class", "images", "data_images"):
+        if getattr(options, key) is not None and getattr(options, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
+    if options.follow and len(options.snapshots) != 1:
+        raise ValueError(f"--follow: follows one run, {len(options.snapshots)} were named")
+    return names
 
 
 def main(argv=None) -> int:
     """Measure snapshots, or a run's newest one."""
     options = _parser().parse_args(argv)
     try:
-        names = options.metric.split(",")
-        unknown = [n for n in names if n not in METRICS]
-        if unknown:
-            raise ValueError(f"--metric {unknown[0]}: known are {', '.join(METRICS)}")
-        for key in ("per_class", "images", "data_images"):
-            if getattr(options, key) < 1:
-                raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
+        names = _check(options)
+        if options.follow:
+            count = evaluations.follow(options.snapshots[0], options)
+            print(f"{count} snapshots evaluated: {options.snapshots[0] / evaluations.FILE}")
+            return 0
         for path in [generate.find(p, options.sigma_rel) for p in options.snapshots]:
             kept = options.results / f"{path.stem}.json" if options.results else None
             if kept and kept.is_file():
@@ -218,6 +238,9 @@ def main(argv=None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

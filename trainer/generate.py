@@ -6,6 +6,7 @@ i = n label_dim + c is the n-th image of class c whatever classes, batches, rank
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -53,8 +54,7 @@ class Drawing:
     def __init__(self, network, header: dict, settings: Settings, guide=None, device: str = "cpu", codec_weights=None):
         self.network, self.guide, self.settings, self.device = network, guide, settings, device
         self.data = SimpleNamespace(**header["data"])  # what decoding reads of a manifest
-        self.codec = codecs.open_codec(self.data.codec, codec_weights, device)
-        codecs.check_is(self.codec, self.data)
+        self.codec_weights = codec_weights
         self.shape = (header["model"]["channels"], header["model"]["resolution"], header["model"]["resolution"])
         self.label_dim = header["model"]["label_dim"]
         self.sigmas = sampler.grid(
@@ -64,6 +64,13 @@ class Drawing:
             raise ValueError(f"solver {settings.solver!r}: known are {', '.join(sampler.SOLVERS)}")
         if settings.churn and settings.solver != "heun":
             raise ValueError(f"churn={settings.churn}: only heun has a stochastic form; use --solver heun")
+
+    @functools.cached_property
+    def codec(self):
+        """Open the codec when pictures are wanted: losses and distances of latents do without its weights."""
+        codec = codecs.open_codec(self.data.codec, self.codec_weights, self.device)
+        codecs.check_is(codec, self.data)
+        return codec
 
     @torch.no_grad()
     def latents(self, positions: Tensor) -> Tensor:
@@ -263,6 +270,7 @@ def main(argv=None) -> int:
             raise ValueError(f"--per-class {options.per_class}: must be at least 1")
         settings, path = settings_of(options), find(options.snapshot, options.sigma_rel)
         drawing, origin = open_drawing(path, options, settings)
+        _ = drawing.codec  # a missing one is told before anything is drawn
         classes = parse_classes(options.classes, drawing.label_dim)
         positions = positions_of(classes, options.per_class, drawing.label_dim)
         part = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them

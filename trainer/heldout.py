@@ -18,7 +18,7 @@ from data_pipeline.latents import whiten
 from data_pipeline.progress import Progress
 from data_pipeline.wds import open_source
 from models.noise import sigma_from_logsnr
-from trainer import draws
+from trainer import config, draws
 
 # sigma from 27 to 0.009 at sigma_data 0.5: beyond, the loss is that of the data's own mean or of its rounding
 BIN_EDGES = tuple(range(-8, 9, 2))
@@ -63,6 +63,15 @@ class Data:
                 shape = (found.stored.shape[1] // 2, *found.stored.shape[2:])
                 posterior = draws.normal(self.seed, f"{STREAM} posterior", positions, shape)
             yield positions, whiten(found.stored, self.header, posterior), found.labels
+
+
+def open_of_run(run: Path | None, path: Path | None, header: dict, num_images: int) -> Data:
+    """Open the dataset at `path`, or else the run's own. Raise ValueError where neither says which."""
+    if path is None:
+        if run is None or not (run / "config.yaml").is_file():
+            raise ValueError("no run directory around the snapshot names its data; give --data FOLDER")
+        path = config.read_yaml(run / "config.yaml")["data"]["path"]
+    return Data(path, header, num_images)
 
 
 @torch.no_grad()
