@@ -96,6 +96,16 @@ def whole_training():
     return weights, averages
 
 
+def weights_of(engine) -> dict:
+    """The parameters as the forward sees them, whole, also where they are partitioned."""
+    import deepspeed
+
+    parameters = dict(engine.module.named_parameters())
+    partitioned = [p for p in parameters.values() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned):
+        return {n: p.detach().clone() for n, p in parameters.items()}
+
+
 def sharded_training(cases: list[tuple[int, int]]) -> list:
     """On one rank: for each (stage, micro batch) this rank's view of weights and pieces of the averages."""
     from trainer.engine import Engine, start_process_group
@@ -111,7 +121,7 @@ def sharded_training(cases: list[tuple[int, int]]) -> list:
             engine.step(rate(step), (step + 1) * BATCH)
         results.append(
             {
-                "weights": {n: p.detach().clone() for n, p in engine.module.named_parameters()},
+                "weights": weights_of(engine),
                 "pieces": [(f.name, f.start, f.master.clone()) for f in engine.fragments],
                 "averages": [[t.clone() for t in a] for a in engine.ema.averages],
                 "cut_rows": len(engine.optimizer.layout.cut_lengths),
@@ -137,7 +147,7 @@ def whole():
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_sharded_equals_whole(world, whole):
     weights, averages = whole
-    cases = [(0, 2), (1, 2), (2, 1), (1, BATCH // world)]
+    cases = [(0, 2), (1, 2), (2, 1), (1, BATCH // world), (3, 2)]
     ranks = on_ranks(world, sharded_training, cases)
     for i, case in enumerate(cases):
         covered = {name: np.zeros(p.numel(), int) for name, p in weights.items()}
@@ -161,33 +171,109 @@ def test_sharded_equals_whole(world, whole):
             assert max(rank[i]["ema_bytes"] for rank in ranks) <= total / world * 1.01, "an average holds 1/N per rank"
 
 
-def nonfinite_step(policy: str) -> dict:
+def nonfinite_steps(cases: list[tuple[int, str]]) -> list[dict]:
     """Two ranks, a NaN in one tensor's gradient on rank 1 in the second of four steps."""
     from trainer.engine import Engine, start_process_group
 
     rank, world = start_process_group()
-    engine = Engine(config_of(micro_batch=6, optimizer__nonfinite=policy), build(config_of()))
-    seen, known = [], []
-    for step in range(4):
-        part = slice(rank * 6, rank * 6 + 6)
-        loss = losses_of(engine.denoiser, step, part)
-        if step == 1 and rank == 1:
-            loss = loss + engine.module.unet.out_gain.sum() * float("nan")
-        engine.backward(loss)
-        engine.step(rate(step) + 0.001, (step + 1) * BATCH)
-        known.append(engine.optimizer.nonfinite_steps())
-        seen.append({n: p.detach().clone() for n, p in engine.module.named_parameters()})
-    return {"weights": seen, "known": known, "bad": engine.optimizer.bad_tensors()}
+    results = []
+    for stage, policy in cases:
+        config = config_of(engine__zero_stage=stage, micro_batch=6, optimizer__nonfinite=policy)
+        engine = Engine(config, build(config_of()))
+        seen, known = [], []
+        for step in range(4):
+            part = slice(rank * 6, rank * 6 + 6)
+            loss = losses_of(engine.denoiser, step, part)
+            if step == 1 and rank == 1:
+                loss = loss + engine.module.unet.out_gain.sum() * float("nan")
+            engine.backward(loss)
+            engine.step(rate(step) + 0.001, (step + 1) * BATCH)
+            known.append(engine.optimizer.nonfinite_steps())
+            seen.append(weights_of(engine))
+        results.append({"weights": seen, "known": known, "bad": engine.optimizer.bad_tensors()})
+        engine._deepspeed.destroy()
+    return results
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip", "zero"])
-def test_nonfinite_gradient_never_reaches_the_weights(policy):
-    ranks = on_ranks(2, nonfinite_step, policy)
-    for r in ranks:
-        before, at, after = r["weights"][0], r["weights"][1], r["weights"][2]
-        assert all(torch.isfinite(p).all() for p in r["weights"][-1].values())
-        assert r["known"] == [0, 0, 1, 1], "every rank knows it one step later"
-        moved = [not torch.equal(at[n], before[n]) for n in at]
-        goes_on = [not torch.equal(after[n], at[n]) for n in at]
-        assert any(moved) == (policy == "zero") and any(goes_on) == (policy != "stop")
-    assert {n for r in ranks for n in r["bad"]} == {"unet.out_gain"}
+def test_nonfinite_gradient_never_reaches_the_weights():
+    cases = [(0, "stop"), (1, "stop"), (1, "zero"), (2, "skip"), (3, "stop"), (3, "skip"), (3, "zero")]
+    ranks = on_ranks(2, nonfinite_steps, cases)
+    for i, (stage, policy) in enumerate(cases):
+        for r in (rank[i] for rank in ranks):
+            before, at, after = r["weights"][0], r["weights"][1], r["weights"][2]
+            assert all(torch.isfinite(p).all() for p in r["weights"][-1].values())
+            assert r["known"] == [0, 0, 1, 1], "every rank knows it one step later"
+            moved = [not torch.equal(at[n], before[n]) for n in at]
+            goes_on = [not torch.equal(after[n], at[n]) for n in at]
+            assert any(moved) == (policy == "zero") and any(goes_on) == (policy != "stop"), (stage, policy)
+        assert {n for rank in ranks for n in rank[i]["bad"]} == {"unet.out_gain"}, (stage, policy)
+
+
+def one_step(engine, step: int) -> None:
+    part = BATCH // engine.world
+    for start in range(engine.rank * part, (engine.rank + 1) * part, engine.config.micro_batch):
+        engine.backward(losses_of(engine.denoiser, step, slice(start, start + engine.config.micro_batch)))
+    engine.step(rate(step), (step + 1) * BATCH)
+
+
+def moved_between_stages(folder: str, cases: list[tuple[int, int]]) -> list:
+    """Save at one stage, load at another: the pieces of all state on this rank at both, and after one more step."""
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from trainer import checkpoint
+    from trainer.checkpoint_writer import CheckpointWriter
+    from trainer.engine import Engine, start_process_group
+
+    rank, world = start_process_group()
+    group = dist.new_group(backend="gloo")
+    nothing_pending = SimpleNamespace(wait_durable=lambda: None)
+
+    def pieces(engine):
+        return [(kind, name, start, t.clone()) for kind, name, start, t in checkpoint.state(engine, engine.owned())]
+
+    results = []
+    for saved, loaded in cases:
+        run = Path(folder) / f"{saved}{loaded}"
+        engine = Engine(config_of(engine__zero_stage=saved), build(config_of()))
+        for step in range(2):
+            one_step(engine, step)
+        writer = CheckpointWriter(run, engine, group, nothing_pending, keep_last=1)
+        writer.save(2 * BATCH, 1, {})
+        writer.wait()
+        here = [pieces(engine)]
+        one_step(engine, 2)
+        here.append(pieces(engine))
+        engine._deepspeed.destroy()
+        engine = Engine(config_of(engine__zero_stage=loaded, seed=1), build(config_of(seed=1)))
+        assert checkpoint.restore(run, engine, print)[0] == 2 * BATCH
+        here.append(pieces(engine))
+        one_step(engine, 2)
+        here.append(pieces(engine))
+        results.append(here)
+        engine._deepspeed.destroy()
+    return results
+
+
+def assembled(parts: list) -> dict:
+    found: dict = {}
+    for kind, name, start, tensor in (piece for part in parts for piece in part):
+        found.setdefault((kind, name), []).append((start, tensor))
+    return {key: torch.cat([t for _, t in sorted(p, key=lambda x: x[0])]) for key, p in found.items()}
+
+
+@pytest.mark.parametrize(
+    "cases", [[(3, 3), (1, 3)], pytest.param([(3, 1), (2, 3), (3, 0), (0, 2), (1, 1)], marks=pytest.mark.slow)]
+)
+def test_state_moves_between_stages_bit_for_bit(cases, tmp_path):
+    ranks = on_ranks(2, moved_between_stages, str(tmp_path), cases)
+    for i, (saved, loaded) in enumerate(cases):
+        before, went_on, after, resumed = (assembled([rank[i][moment] for rank in ranks]) for moment in range(4))
+        assert before.keys() == after.keys() and len(before) > 5 * 30
+        assert all(torch.equal(before[key], after[key]) for key in before), (saved, loaded)
+        for key in went_on:
+            if saved == loaded:
+                assert torch.equal(went_on[key], resumed[key]), key
+            assert float((went_on[key] - resumed[key]).abs().max()) <= 5e-6 * float(went_on[key].abs().max()), key

@@ -5,6 +5,7 @@ single process all work without DeepSpeed's launcher. Keep `gradient_clipping` w
 at 1.0 unless told.
 """
 
+import math
 import os
 import socket
 import warnings
@@ -36,8 +37,10 @@ def start_process_group() -> tuple[int, int]:
         assert os.environ["WORLD_SIZE"] == "1", "MASTER_PORT is not set although there are several ranks"
         os.environ["MASTER_PORT"] = str(_free_port())
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu() else "cpu")
-    # DeepSpeed 0.19 calls a torch name that newer torch calls by another one; nothing a user could do about it
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    # DeepSpeed 0.19 calls torch names that newer torch calls by others; nothing a user could do about it
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*deprecated", category=FutureWarning
+    )
     import deepspeed
     import deepspeed.ops
 
@@ -84,6 +87,9 @@ class Engine:
         self.micro_steps = config.global_batch // (self.world * config.micro_batch)
         self.device = device()
         self.module = module.to(self.device)
+        # before ZeRO may partition them: afterwards a parameter's own shape is (0,)
+        self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
+        self.rows = row_length(self.module)
         o = config.optimizer
         adam = torch.optim.Adam(self.module.parameters(), lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
         self._deepspeed, *_ = deepspeed.initialize(model=self.module, optimizer=adam, config=self._deepspeed_config())
@@ -92,12 +98,22 @@ class Engine:
         self.ema = ShardedEma(self.fragments, config.ema.sigma_rel)
         replicas = self.world if config.engine.zero_stage == 0 else 1
         self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite, replicas)
-        self.denoiser = torch.compile(self.module, fullgraph=True) if config.engine.compile else self.module
+        # DeepSpeed's own call, not the module's: it is what tells a ZeRO stage where a micro-batch begins
+        self.denoiser = self._deepspeed
+        if config.engine.compile:
+            self.module.forward = torch.compile(self.module.forward, fullgraph=True)
 
     def _deepspeed_config(self) -> dict:
         zero = {"stage": self.config.engine.zero_stage, "round_robin_gradients": False}
         if self.config.engine.zero_stage in (1, 2):
             zero["compute_grad_norm"] = False  # with it, DeepSpeed drops a step with a non-finite gradient in silence
+        if self.config.engine.zero_stage == 3:
+            zero["sub_group_size"] = (
+                2**62
+            )  # one flat partition, so that one step of Adam sees all of this rank's fragments
+            total = sum(math.prod(shape) for shape in self.shapes.values())
+            # tensors below a thousandth of the network (gains, the ends) stay whole on each rank: memory that nobody misses
+            zero["stage3_param_persistence_threshold"] = min(100_000, total // 1000)
         return {
             "train_micro_batch_size_per_gpu": self.config.micro_batch,
             "gradient_accumulation_steps": self.micro_steps,
@@ -110,8 +126,10 @@ class Engine:
     def _find_fragments(self, adam: torch.optim.Adam) -> list[Fragment]:
         if self.config.engine.zero_stage == 0:
             return whole_fragments(self.module)
+        if self.config.engine.zero_stage == 3:
+            return self._find_partitioned()
         flats = [p for group in adam.param_groups for p in group["params"]]
-        rows, found = row_length(self.module), []
+        found = []
         for name, p in self.module.named_parameters():
             mapping = getattr(p, "_hp_mapping", None)  # None: no element of it lies on this rank
             if mapping is None:
@@ -119,7 +137,22 @@ class Engine:
             master, address = mapping.hp_fragment.detach().view(-1), mapping.lp_fragment_address
             assert master.dtype == torch.float32 and master.numel() == address.numel
             flat, offset = _locate(master, flats)
-            found.append(Fragment(name, tuple(p.shape), address.start, master, rows[name], flat, offset))
+            found.append(Fragment(name, self.shapes[name], address.start, master, self.rows[name], flat, offset))
+        return found
+
+    def _find_partitioned(self) -> list[Fragment]:
+        """Return the fragments of stage 3: of every tensor the `rank`-th of `world` equal parts, the last ones padded."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        flats, found = self._deepspeed.optimizer.fp32_partitioned_groups_flat, []
+        for name, p in self.module.named_parameters():
+            part = p.ds_tensor.ds_numel
+            start = self.rank * part
+            count = min(part, p.ds_numel - start)
+            if count > 0:
+                master = safe_get_local_fp32_param(p).detach().view(-1)[:count]
+                flat, offset = _locate(master, flats)
+                found.append(Fragment(name, self.shapes[name], start, master, self.rows[name], flat, offset))
         return found
 
     def owned(self) -> list[Fragment]:
@@ -132,16 +165,23 @@ class Engine:
             return
         parameters = dict(self.module.named_parameters())
         for f in self.fragments:
-            copy = parameters[f.name].detach().reshape(-1)[f.start : f.start + f.master.numel()]
+            p, begin = parameters[f.name].detach(), f.start
+            if self.config.engine.zero_stage == 3:
+                p, begin = parameters[f.name].ds_tensor, 0
+            copy = p.reshape(-1)[begin : begin + f.master.numel()]
             assert torch.equal(f.master.to(copy.dtype), copy), f"{f.name}: the master found is not this parameter's"
         mine = [(f.name, f.start, f.master.numel()) for f in self.fragments]
         everyone = [None] * self.world
         dist.all_gather_object(everyone, mine)
-        for name, p in parameters.items():
-            pieces = sorted((start, n) for part in everyone for other, start, n in part if other == name)
-            ends = [0] + [start + n for start, n in pieces]
-            starts = [start for start, _ in pieces] + [p.numel()]
-            assert starts == ends, f"{name}: fragments {pieces} do not cover its {p.numel()} elements once"
+        pieces = {name: [] for name in self.shapes}
+        for name, start, n in sorted(piece for part in everyone for piece in part):
+            pieces[name].append((start, n))
+        for name, found in pieces.items():
+            total = math.prod(self.shapes[name])
+            ends = [0] + [start + n for start, n in found]
+            assert [start for start, _ in found] + [total] == ends, (
+                f"{name}: {found} do not cover {total} elements once"
+            )
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch's summed loss."""
@@ -156,19 +196,57 @@ class Engine:
         """
         batch = self.config.global_batch
         self.optimizer.schedule(learning_rate, self.world / batch, clock_after, batch)
+        if self.config.engine.zero_stage == 3:
+            from deepspeed.utils import safe_get_local_grad
+
+            # this stage drops a step with a non-finite gradient in silence: the optimizer's own policy must see it first
+            parameters = dict(self.module.named_parameters())
+            self.optimizer.hide_nonfinite([safe_get_local_grad(parameters[f.name]) for f in self.fragments])
         self._deepspeed.step()
 
     def refresh_copies(self) -> None:
         """Copy the masters into the module's parameters on every rank, after masters were loaded."""
         if self.config.engine.zero_stage == 0:
             return
+        if self.config.engine.zero_stage == 3:
+            self._refresh_partitions()
+            return
         for name, p in self.module.named_parameters():
-            whole = torch.zeros(p.numel(), dtype=torch.float32, device=self.device)
-            for f in self.fragments:
-                if f.name == name:
-                    whole[f.start : f.start + f.master.numel()] = f.master
+            p.data.copy_(self._gather(name))
+
+    def _refresh_partitions(self) -> None:
+        parameters = dict(self.module.named_parameters())
+        for f in self.fragments:
+            parameters[f.name].ds_tensor[: f.master.numel()].copy_(f.master)
+        if kept := self._deepspeed.optimizer.persistent_parameters:  # small ones that are whole on every rank
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+    def _gather(self, name: str) -> torch.Tensor:
+        """Return the whole fp32 master of one parameter on every rank; collective."""
+        whole = torch.zeros(math.prod(self.shapes[name]), dtype=torch.float32, device=self.device)
+        for f in self.fragments:
+            if f.name == name:
+                whole[f.start : f.start + f.master.numel()] = f.master
+        if self.config.engine.zero_stage:
             dist.all_reduce(whole)  # every element is non-zero on one rank at most
-            p.data.copy_(whole.view_as(p))
+        return whole.view(self.shapes[name])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return every fp32 master, whole, on every rank; collective, and as large as the network."""
+        return {name: self._gather(name) for name in self.shapes}
+
+    @torch.no_grad()
+    def weight_magnitudes(self) -> dict[str, torch.Tensor]:
+        """Return the RMS of every row-normalised weight, 0-d by name, from the masters; collective."""
+        names = {name: i for i, name in enumerate(n for n, length in self.rows.items() if length)}
+        squares = torch.zeros(len(names), device=self.device)
+        for f in self.owned():
+            if f.name in names:
+                squares[names[f.name]] += torch.dot(f.master, f.master)
+        dist.all_reduce(squares)
+        sizes = torch.tensor([math.prod(self.shapes[name]) for name in names], device=self.device)
+        return dict(zip(names, (squares / sizes).sqrt().unbind(), strict=True))
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers (Fourier frequencies and phases), the same on every rank."""

@@ -126,7 +126,7 @@ class Data:
 class Engine:
     """How the step is executed."""
 
-    zero_stage: int = field(default=1, metadata={"choices": (0, 1, 2)})
+    zero_stage: int = field(default=1, metadata={"choices": (0, 1, 2, 3)})
     activations: str = one_of("fp32", "fp32", "bf16", "fp16")
     activation_checkpointing: bool = False
     compile: bool = False

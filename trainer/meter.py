@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data_pipeline.reader import Source
 from models.edm2 import magnitude_bucket
-from models.magnitude import normalized_parameters
 from trainer.config import Config
 from trainer.engine import Engine
 from trainer.loss import LossParts
@@ -126,8 +125,8 @@ class Meter:
         put("evenkeel_replaced_samples_total", read.get("replaced", 0))
         put("evenkeel_memory_bytes", _peak_memory(self.engine.device))
         self._put_magnitudes("evenkeel_activation_magnitude", self.magnitudes)
-        weights = {n.removesuffix(".weight"): p.detach() for n, p in normalized_parameters(self.engine.module).items()}
-        self._put_magnitudes("evenkeel_weight_magnitude", {n: p.square().mean().sqrt() for n, p in weights.items()})
+        weights = {name.removesuffix(".weight"): rms for name, rms in self.engine.weight_magnitudes().items()}
+        self._put_magnitudes("evenkeel_weight_magnitude", weights)
         self.metrics.publish()
         self.published_clock, self.published_time = self.clock, time.perf_counter()
         self.phases.clear()

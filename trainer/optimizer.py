@@ -150,7 +150,7 @@ class MagnitudeAdam:
         self.num_nonfinite = torch.zeros((), device=self.device)  # steps
         # 1 for each of this rank's fragments whose gradient was non-finite in the last bad step
         self.bad_fragments = torch.zeros(len(self.fragments), device=self.device)
-        self._bad = self.bad_fragments
+        self._bad = self._hidden = self.bad_fragments
         self._known = torch.zeros((), pin_memory=self.device.type == "cuda")
         self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
         self._gradient_scale, self._clock_after, self._batch = 1.0, 0, 0
@@ -160,13 +160,14 @@ class MagnitudeAdam:
 
     def _init_adam_state(self) -> None:
         # as Adam itself would on its first step; made here so that a checkpoint can be loaded into it before any step
-        for group in self.adam.param_groups:
-            for p in group["params"]:
-                self.adam.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+        # (ZeRO stage 3 hands Adam its partition only while it steps: the fragments know it at all times)
+        flats = [p for group in self.adam.param_groups for p in group["params"]] + [f.flat for f in self.fragments]
+        for p in {id(p): p for p in flats}.values():
+            self.adam.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
 
     def schedule(self, learning_rate: float, gradient_scale: float, clock_after: int, batch: int) -> None:
         """Set what the next step uses: learning rate, factor for the gradients, clock after the step and images of the step."""
@@ -175,11 +176,21 @@ class MagnitudeAdam:
         self._gradient_scale, self._clock_after, self._batch = gradient_scale, clock_after, batch
 
     @torch.no_grad()
+    def hide_nonfinite(self, gradients: Sequence[Tensor]) -> None:
+        """Note which fragments' `gradients` are non-finite and zero their bad entries, for a ZeRO stage that would drop the step.
+
+        The policy stays the same: with 'stop' and 'skip' the coming step is masked.
+        """
+        self._hidden = (~torch.isfinite(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))).float()
+        for g in gradients:
+            g.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+    @torch.no_grad()
     def _before_adam(self) -> None:
         grads = [f.grad for f in self.fragments]
         # a norm is finite where all entries are (and below 1e19): one cheap pass, where counting entries takes twenty times as long
         norms = torch.stack([torch.linalg.vector_norm(g) for g in grads])
-        self._bad = (~torch.isfinite(norms)).float()
+        self._bad = torch.maximum((~torch.isfinite(norms)).float(), self._hidden)
         if self.nonfinite == "zero":
             for g in grads:
                 g.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
