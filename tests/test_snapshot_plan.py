@@ -44,6 +44,24 @@ def test_needed_snapshots_suffice_and_none_is_idle():
         snapshot_plan.needed(clocks, tracked, [0.01], 0.01)
 
 
+def test_what_a_running_run_may_lose_it_does_not_miss_at_its_end():
+    every, lengths = np.arange(1, 65), [0.05, 0.10]
+    t, s = np.repeat(every, 2), np.tile(lengths, 64)
+    here = t <= 24
+    coming = list(zip(t[~here].tolist(), s[~here].tolist()))
+    kept, errors = snapshot_plan.needed_until_end(t[here], s[here], WANTED, 0.01, coming)
+    gammas, targets = ([ema_profiles.gamma_from_sigma_rel(v) for v in values] for values in (s, WANTED))
+    at_the_end = [*kept, *np.flatnonzero(~here)]
+    for indices, clock in ((kept, 24), (at_the_end, 64)):
+        found = ema_profiles.predicted_error(t[indices], np.array(gammas)[indices], clock, targets)
+        assert found.max() <= 0.01 and (found <= errors + 1e-12).all()
+    assert len(kept) < here.sum()
+    # what suffices now does not suffice at the end when little more is to come
+    now, _ = snapshot_plan.needed(t[here], s[here], [0.2], 0.005)
+    until, _ = snapshot_plan.needed_until_end(t[here], s[here], [0.2], 0.005, [(32, 0.05), (32, 0.1)])
+    assert set(now) < set(until)
+
+
 def test_thinning_says_first_and_keeps_what_it_promised(tmp_path, capsys):
     import torch
 

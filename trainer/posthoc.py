@@ -231,22 +231,53 @@ def output_paths(out: Path, clock: int, sigma_rel: Sequence[float]) -> list[Path
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer.posthoc", description=main.__doc__)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument(
-        "--sigma-rel", required=True, help="EMA length or lengths: 0.13, 0.05,0.13 or 0.02:0.20:0.01 (end included)"
-    )
+    parser.add_argument("--sigma-rel", help="EMA length or lengths: 0.13, 0.05,0.13 or 0.02:0.20:0.01 (end included)")
     parser.add_argument("--at", help="clock in images, such as 1280Mi (default: the last snapshot)")
-    parser.add_argument("--out", type=Path, required=True, help="a file for one length, a folder for several")
+    parser.add_argument("--out", type=Path, help="a file for one length, a folder for several")
     parser.add_argument("--dtype", choices=tensor_file.DTYPES, help="of the result (default: that of the snapshots)")
     parser.add_argument(
         "--max-error", type=float, default=MAX_ERROR, help="refuse a larger predicted error (default %(default)s)"
     )
+    advice = parser.add_argument_group("advice, also while the run trains")
+    advice.add_argument("--advise", action="store_true", help="the best length so far, its drift, deletable snapshots")
+    advice.add_argument("--data", type=Path, help="dataset (default: what the run held out of its own)")
+    advice.add_argument("--data-images", type=int, help="at most so many images (default 1000)")
+    advice.add_argument("--drift", type=int, default=3, help="earlier clocks to look at (default %(default)s)")
+    advice.add_argument(
+        "--keep-error", type=float, default=0.005, help="that deletions may leave (default %(default)s)"
+    )
+    advice.add_argument("--batch", type=int, default=64)
+    advice.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    advice.add_argument("--activations", default="fp32", choices=("fp32", "bf16", "fp16"))
     return parser
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError where options are missing or cannot be."""
+    if options.advise:
+        if options.out or options.at:
+            raise ValueError(
+                "--advise: takes neither --out nor --at; it reports on the newest snapshot and on earlier ones"
+            )
+        for key in ("data_images", "batch"):
+            if getattr(options, key) is not None and getattr(options, key) < 2:
+                raise ValueError(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 2")
+        if options.drift < 0:
+            raise ValueError(f"--drift {options.drift}: must be 0 or more")
+    elif not options.sigma_rel or not options.out:
+        raise ValueError("--sigma-rel and --out say what to rebuild and where to; or ask for advice with --advise")
+
+
 def main(argv=None) -> int:
-    """Rebuild one or many EMA lengths from a run's snapshots."""
+    """Rebuild one or many EMA lengths from a run's snapshots, or advise on them."""
     options = _parser().parse_args(argv)
     try:
+        _check(options)
+        if options.advise:
+            from trainer import advisor  # it imports this module
+
+            print("\n".join(advisor.advise(options.run, options)))
+            return 0
         at = None if options.at is None else int(parse_size(options.at))
         made = plan(list_snapshots(options.run), ema_profiles.parse_range(options.sigma_rel), at)
         last = made.inputs[-1].clock
@@ -263,6 +294,9 @@ def main(argv=None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -78,12 +78,17 @@ def _size(num_bytes: float) -> str:
 
 
 def needed(
-    clocks: Sequence[int], tracked: Sequence[float], wanted: Sequence[float], max_error: float
+    clocks: Sequence[int],
+    tracked: Sequence[float],
+    wanted: Sequence[float],
+    max_error: float,
+    pinned: Sequence[int] = (),
 ) -> tuple[list[int], np.ndarray]:
     """Return (indices of snapshots that suffice, errors of `wanted` lengths at the newest clock with only these).
 
-    Greedy: the newest clock, then always what correlates best with the worst-carried profile's remainder; then whatever is not
-    needed after all goes again. `tracked` is each snapshot's own length. Raises ValueError where all of them do not suffice.
+    Greedy: the newest clock and those that are `pinned`, then always what correlates best with the worst-carried profile's
+    remainder; then whatever is not needed after all goes again. `tracked` is each snapshot's own length. Raises ValueError where
+    all of them do not suffice.
     """
     t, g = np.asarray(clocks, float), np.array([gamma_from_sigma_rel(s) for s in tracked])
     targets, end = np.array([gamma_from_sigma_rel(s) for s in wanted]), t.max()
@@ -98,7 +103,7 @@ def needed(
             f"all {len(t)} snapshots carry sigma_rel {wanted[worst]:g} to {100 * everything[worst]:.3g} %, not "
             f"{100 * max_error:g} %; raise --max-error or leave that length out"
         )
-    kept = list(np.flatnonzero(t == end))
+    kept = sorted({*np.flatnonzero(t == end).tolist(), *pinned})
     norms = correlation(t, g, t, g) ** 0.5
     while (now := errors(kept)).max() > max_error:
         worst = targets[now.argmax()]
@@ -107,8 +112,33 @@ def needed(
         score = np.abs(rest) / norms
         score[kept] = -1
         kept.append(int(score.argmax()))
-    for one in sorted(kept, key=lambda i: t[i]):
+    for one in sorted(set(kept) - set(pinned), key=lambda i: t[i]):
         fewer = [i for i in kept if i != one]
         if t[one] < end and errors(fewer).max() <= max_error:
             kept = fewer
     return sorted(int(i) for i in kept), errors(sorted(kept))
+
+
+def needed_until_end(
+    clocks: Sequence[int],
+    tracked: Sequence[float],
+    wanted: Sequence[float],
+    max_error: float,
+    coming: Sequence[tuple[int, float]],
+) -> tuple[list[int], np.ndarray]:
+    """Return (indices, the larger of the errors now and at the end) of snapshots that suffice at both clocks.
+
+    `coming` are (clock, length) of snapshots that the run has still to write; they will be there at the end.
+    """
+    now, errors = needed(clocks, tracked, wanted, max_error)
+    if not coming:
+        return now, errors
+    count = len(clocks)
+    later, later_errors = needed(
+        [*clocks, *(c for c, _ in coming)],
+        [*tracked, *(s for _, s in coming)],
+        wanted,
+        max_error,
+        pinned=[*now, *range(count, count + len(coming))],
+    )
+    return [i for i in later if i < count], np.maximum(errors, later_errors)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from models import denoiser, magnitude
-from trainer import config, snapshot_plan, tensor_file
+from trainer import config, snapshot_plan, state, tensor_file
 from trainer.ema_profiles import parse_range
 from trainer.snapshot_writer import SnapshotWriter, file_name
 from trainer.tensor_file import read_header, verify
@@ -74,17 +74,34 @@ def load_denoiser(path, activations: str = "fp32", device: str = "cpu"):
     return network.eval().requires_grad_(False).to(device), header
 
 
+def to_come(run_dir: Path, clock: int) -> list[tuple[int, float]]:
+    """Return (clock, length) of the snapshots that an unfinished run has still to write after `clock`, by its config."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file() or state.read(run_dir).get("status") == "finished":
+        return []
+    c = config.load(path)
+    clocks = snapshot_plan.clocks_of(c.duration_images, c.snapshots.every_images)
+    return [(later, s) for later in clocks if later > clock for s in c.ema.sigma_rel]
+
+
 def thin(run_dir: Path, wanted: Sequence[float], max_error: float, remove: bool) -> None:
-    """Say which snapshots `wanted` lengths at the newest clock need and what error results; remove the others if told to."""
+    """Say which snapshots `wanted` lengths need and what error results, then remove the others if told to.
+
+    Lengths are wanted at the newest clock, and at the end of a run that has not finished.
+    """
     series = list_snapshots(run_dir)
     lost = {s.path for s in abandoned(series)}
     usable = [s for s in series if s.path not in lost and s.clock > 0]
     if not usable:
         raise ValueError(f"{run_dir}: no snapshots to thin; name a run directory that has some")
-    kept, errors = snapshot_plan.needed([s.clock for s in usable], [s.sigma_rel for s in usable], wanted, max_error)
+    now, coming = usable[-1].clock, to_come(run_dir, usable[-1].clock)
+    kept, errors = snapshot_plan.needed_until_end(
+        [s.clock for s in usable], [s.sigma_rel for s in usable], wanted, max_error, coming
+    )
+    until = f" and at the end, {coming[-1][0]}," if coming else ""
     for sigma_rel, error in zip(wanted, errors):
         print(
-            f"sigma_rel {sigma_rel:.5f} at {usable[-1].clock} images: predicted error {100 * error:.4f} % with what is kept"
+            f"sigma_rel {sigma_rel:.5f} at {now}{until} images: predicted error {100 * error:.4f} % with what is kept"
         )
     keep = {usable[i].path for i in kept}
     others = [s.path for s in series if s.path not in keep]
