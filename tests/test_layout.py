@@ -60,7 +60,15 @@ def test_arrows_point_one_way(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["cluster.submit", "cluster.status", "trainer.config", "trainer.ema_profiles", "data_pipeline.manifest"]
+    "module",
+    [
+        "cluster.submit",
+        "cluster.status",
+        "trainer.config",
+        "trainer.size",
+        "trainer.ema_profiles",
+        "data_pipeline.manifest",
+    ],
 )
 def test_the_login_node_needs_no_torch(module):
     code = f"import {module}, sys; sys.exit(sorted(m for m in sys.modules if m.split('.')[0] == 'torch')[:1] != [])"

@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.denoiser import build
 from models.edm2 import Block, magnitude_bucket
 from trainer import config as configs
-
-TRAINING_FORWARDS = 3
+from trainer.size import TRAINING_FORWARDS, bytes_per_parameter
 
 # Dense matrix FLOP/s of one device without sparsity, from NVIDIA's data sheets; first match of the device's name wins.
 PEAK_FLOPS = (
@@ -93,21 +92,6 @@ def _levels(denoiser: nn.Module, layers: dict[str, int]) -> list[Level]:
             part.parameters += sign * sum(p.numel() for p in module.parameters())
             part.forward_flops += sign * layers[name]
     return [rest, *levels.values()]
-
-
-def bytes_per_parameter(num_averages: int) -> dict[str, dict[str, int]]:
-    """Return the bytes a rank holds per parameter, by ZeRO stage: "replicated" on every rank and "sharded" over ranks.
-
-    All fp32: module weights 4, gradients 4, Adam's moments 8, averages 4 each; ZeRO keeps another copy of the weights,
-    the masters, in its shards. Stage 0 shards nothing. Activations and communication buffers are not included.
-    """
-    weights, gradients, moments, masters, averages = 4, 4, 8, 4, 4 * num_averages
-    return {
-        "0": {"replicated": weights + gradients + moments + averages, "sharded": 0},
-        "1": {"replicated": weights + gradients, "sharded": masters + moments + averages},
-        "2": {"replicated": weights, "sharded": gradients + masters + moments + averages},
-        "3": {"replicated": 0, "sharded": weights + gradients + masters + moments + averages},
-    }
 
 
 def peak_flops(device_name: str, activations: str) -> tuple[str, float] | None:
