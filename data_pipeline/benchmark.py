@@ -2,9 +2,10 @@
 
     python -m data_pipeline.benchmark
 
-fp16 samples [8, 64, 64] (ImageNet-512 latents), batches of 64 collated into torch tensors, from page cache, in one process. Every
-method runs its epochs in turns with the others, and its best epoch counts: ratios within one table can be trusted, absolute numbers
-move with the machine. The limit is a random gather from np.memmap into a fresh tensor.
+fp16 samples [8, 64, 64] (ImageNet-512 latents), batches of 64 collated into torch tensors, from page cache, in one process. The
+limit is a random gather from np.memmap into a fresh tensor. Whole epochs of every method lie between epochs of the limit, and its
+share of the limit is taken there, round by round: median and quartiles over the rounds, by the clock and by CPU time. So shares can
+be trusted on a machine that others use too; absolute numbers move with it.
 """
 
 import argparse
@@ -27,21 +28,23 @@ from data_pipeline.manifest import Manifest, Shard
 SHAPE = (8, 64, 64)
 BATCH = 64
 PER_SHARD = 1024
+SLICE_SECONDS = 0.1
+LIMIT, CHECKED, STOCK = "np.memmap, random gather (the limit)", "ours, tar, every sample checked", "stock webdataset"
 
 
 def make_data(folder: Path, samples: int):
     """Write the same samples as tars, MDS, EDM2 zip and one flat file."""
     rng = np.random.default_rng(0)
     (folder / "tar").mkdir()
+    (folder / "library-tar").mkdir()
     with open(folder / "flat.bin", "wb") as flat:
         for shard in range(samples // PER_SHARD):
             arrays = rng.standard_normal((PER_SHARD, *SHAPE), dtype=np.float32).astype(np.float16)
             flat.write(arrays.tobytes())
             first = shard * PER_SHARD
-            wds.write_shard(
-                folder / "tar" / f"shard-{shard:06d}.tar",
-                ((f"{first + i:08d}", array, (first + i) % 1000) for i, array in enumerate(arrays)),
-            )
+            numbered = [(f"{first + i:08d}", array, (first + i) % 1000) for i, array in enumerate(arrays)]
+            wds.write_shard(folder / "tar" / f"shard-{shard:06d}.tar", numbered)
+            wds.write_shard(folder / "library-tar" / f"shard-{shard:06d}.tar", numbered, mtime=None)
     adopt.adopt(folder / "tar", "sd-vae-ft-mse", progress=lambda text: None)
     source = convert.open_shards(folder / "tar", None)
     convert.write_folder(source, folder / "mds", "mds", None)
@@ -112,45 +115,60 @@ def methods(folder: Path) -> dict[str, Callable[[], Iterator[int]]]:
     """Name what is compared."""
     tar, mds = folder / "tar", folder / "mds"
     return {
-        "np.memmap, random gather (the limit)": lambda: memmap_epochs(folder),
-        "ours, tar, every sample checked": lambda: our_epochs(tar),
+        LIMIT: lambda: memmap_epochs(folder),
+        CHECKED: lambda: our_epochs(tar),
         "ours, tar, checked, 2 threads": lambda: our_epochs(tar, threads=2),
         "ours, tar, checked, 4 threads": lambda: our_epochs(tar, threads=4),
-        "ours, tar, checked, pread": lambda: our_epochs(tar, use_mmap=False),
+        "ours, tar, checked, pread": lambda: our_epochs(tar, access="pread"),
         "ours, tar, unchecked": lambda: our_epochs(tar, checked=False),
         "ours, MDS, every sample checked": lambda: our_epochs(mds),
         "ours, MDS, unchecked": lambda: our_epochs(mds, checked=False),
-        "stock webdataset": lambda: stock_webdataset_epochs(tar),
+        STOCK: lambda: stock_webdataset_epochs(folder / "library-tar"),
+        "stock webdataset, on our tars": lambda: stock_webdataset_epochs(tar),
         "stock StreamingDataset": lambda: stock_streaming_epochs(mds),
         "EDM2-style zip (fp32), DataLoader": lambda: zip_epochs(folder / "edm2.zip"),
     }
 
 
-def measure(folder: Path, samples: int, rounds: int) -> dict[str, float]:
-    """Return the best samples/s of every method that runs here; their epochs take turns."""
-    best, running = {}, {}
+def start_all(folder: Path) -> dict[str, Iterator[int]]:
+    """Start every method that runs here; imports and two batches are not measured."""
+    running = {}
     for name, start in methods(folder).items():
-        running[name] = start()
+        batches = start()
         try:
-            next(running[name])  # imports and the first batch are not measured
+            next(batches), next(batches)
         except (ImportError, ValueError) as error:
             print(f"{name}: does not run here ({type(error).__name__})", file=sys.stderr)
-            del running[name]
+        else:
+            running[name] = batches
+    return running
+
+
+def epoch_rates(batches: Iterator[int], samples: int) -> np.ndarray:
+    """Read an epoch, or some if they are short; return samples per second and per second of this process's CPU time."""
+    wall, cpu, done = time.perf_counter(), time.process_time(), 0
+    while done % samples or done == 0 or time.perf_counter() - wall < SLICE_SECONDS:
+        done += next(batches)
+    return done / np.array([time.perf_counter() - wall, time.process_time() - cpu])
+
+
+def measure(folder: Path, samples: int, rounds: int) -> dict[str, np.ndarray]:
+    """Return per method float64 [rounds, 3]: samples/s, and its share of the limit around it, per second and per CPU second."""
+    running = start_all(folder)
+    limit = running.pop(LIMIT)
+    found: dict[str, list] = {LIMIT: [], **{name: [] for name in running}}
     for turn in range(rounds):
+        before = epoch_rates(limit, samples)
         for name, batches in running.items():
-            slow = best.get(name, 0.0) < 20_000
-            if turn >= 2 and slow:  # their share of the time is large, their spread small
-                continue
-            for _ in range(1 if slow else 10):
-                start, done = time.perf_counter(), 0
-                while done < samples:
-                    done += next(batches)
-                best[name] = max(best.get(name, 0.0), done / (time.perf_counter() - start))
+            rates, after = epoch_rates(batches, samples), epoch_rates(limit, samples)
+            found[name].append([rates[0], *(2 * rates / (before + after))])
+            found[LIMIT].append([after[0], *(2 * after / (before + after))])
+            before = after
         print(f"round {turn + 1} of {rounds}", file=sys.stderr)
-    for batches in running.values():
+    for batches in [limit, *running.values()]:
         with contextlib.suppress(Exception):
             batches.close()
-    return best
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def resident_mebibytes() -> float:
@@ -183,21 +201,30 @@ def first_batch_seconds(folder: Path, shards: int = 1251) -> tuple[float, float]
         return time.perf_counter() - start, resident_mebibytes() - before
 
 
-def rows(samples: int = 4096, rounds: int = 6, folder=None) -> list[str]:
+def spread(values: np.ndarray, digits: int) -> str:
+    """Return median and quartiles."""
+    low, middle, high = (f"{q:.{digits}f}" for q in np.quantile(values, (0.25, 0.5, 0.75)))
+    return f"{middle} ({low} to {high})"
+
+
+def rows(samples: int = 4096, rounds: int = 9, folder=None) -> list[str]:
     """Return the table as Markdown lines."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="evenkeel-bench-") as temporary:
         made = Path(temporary)
         make_data(made, samples)
-        best = measure(made, samples, rounds)
+        found = measure(made, samples, rounds)
         seconds, mebibytes = first_batch_seconds(made)
-    limit = next(iter(best.values()))
     megabytes = np.prod(SHAPE) * 2 / 1e6
     lines = [
-        "| one process, fp16 [8, 64, 64], batches of 64 | samples/s | MB/s | of the limit |",
-        "| --- | ---: | ---: | ---: |",
+        "| one process, fp16 [8, 64, 64], batches of 64 | samples/s | MB/s | of the limit | of the limit, by CPU time |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, rate in best.items():
-        lines.append(f"| {name} | {rate:,.0f} | {rate * megabytes:,.0f} | {rate / limit:.3f} |")
+    for name, values in found.items():
+        rate, shares = np.median(values[:, 0]), (spread(values[:, k], 3) for k in (1, 2))
+        lines.append(f"| {name} | {rate:,.0f} | {rate * megabytes:,.0f} | {' | '.join(shares)} |")
+    lines += ["", "Medians and quartiles over the rounds. By CPU time:"]
+    for name in [name for name in found if name.startswith("stock")]:
+        lines.append(f"{CHECKED}, is {spread(found[CHECKED][:, 2] / found[name][:, 2], 1)} times {name}.")
     lines += ["", f"First batch of a 1.28 M-sample dataset: {seconds:.2f} s, {mebibytes:.0f} MiB more resident."]
     return lines
 
@@ -207,7 +234,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--samples", type=int, default=4096, help=f"a multiple of {PER_SHARD}; 64 KiB each, four times on disk"
     )
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="where the data is made, instead of the usual temporary folder")
     args = parser.parse_args(argv)
     try:

@@ -65,6 +65,16 @@ def held_out(n: int, fraction: float) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
+def _totals(sizes: bytes) -> tuple[int, int]:
+    """Return the number of samples and of shards."""
+    counts = np.frombuffer(sizes, dtype=np.int64)
+    total = int(counts.sum())
+    if total < 1 or (counts < 0).any():
+        raise ValueError(f"{total} samples in {len(counts)} shards: need a sample, and no negative size")
+    return total, len(counts)
+
+
+@lru_cache(maxsize=4)
 def _shard_order(sizes: bytes, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the epoch's shard order, where each starts in the epoch, and where each shard starts among the sample ids."""
     counts = np.frombuffer(sizes, dtype=np.int64)
@@ -89,25 +99,23 @@ def sample_at(seed: int, positions, shard_sizes, window: int) -> np.ndarray:
     Position p is in epoch p // num_samples, and each epoch holds every sample once.
     """
     positions = np.asarray(positions, dtype=np.int64)
-    sizes = np.ascontiguousarray(shard_sizes, dtype=np.int64)
-    total = int(sizes.sum())
-    if window < 1 or total < 1 or (sizes < 0).any() or (positions < 0).any():
-        raise ValueError(
-            f"window {window}, {total} samples: need window >= 1, a sample, and no negative size or position"
-        )
-    window = min(int(window), len(sizes))
-    packed = sizes.tobytes()
-    ids = np.empty(positions.shape, dtype=np.int64)
-    epochs, offsets = np.divmod(positions, total)
-    for epoch in np.unique(epochs).tolist():
-        in_epoch = epochs == epoch
-        _, starts, _ = _shard_order(packed, seed, epoch)
-        window_starts = starts[:-1][::window]
-        numbers = np.searchsorted(window_starts, offsets, side="right") - 1
-        # Empty shards make several windows start at one offset; side="right" picks the last, which is the one that has samples.
-        for number in np.unique(numbers[in_epoch]).tolist():
-            chosen = in_epoch & (numbers == number)
-            ids[chosen] = _window_ids(packed, seed, epoch, window, number)[offsets[chosen] - window_starts[number]]
+    packed = np.ascontiguousarray(shard_sizes, dtype=np.int64).tobytes()
+    total, count = _totals(packed)
+    window = min(int(window), count)
+    first, last = (int(positions.min()), int(positions.max())) if positions.size else (0, 0)
+    if window < 1 or first < 0:
+        raise ValueError(f"window {window}, position {first}: need window >= 1 and no negative position")
+    epoch, offset = divmod(first, total)
+    window_starts = _shard_order(packed, seed, epoch)[1][:-1][::window]
+    # Empty shards make several windows start at one offset; side="right" picks the last, which is the one that has samples.
+    number = int(np.searchsorted(window_starts, offset, side="right")) - 1
+    end = int(window_starts[number + 1]) if number + 1 < len(window_starts) else total
+    if last < epoch * total + end:  # nearly always: one window
+        start = epoch * total + int(window_starts[number])
+        return _window_ids(packed, seed, epoch, window, number)[positions - start]
+    ids, inside = np.empty(positions.shape, dtype=np.int64), positions < epoch * total + end
+    for chosen in (inside, ~inside):  # the first window, then what lies beyond it
+        ids[chosen] = sample_at(seed, positions[chosen], shard_sizes, window)
     return ids
 
 

@@ -5,10 +5,19 @@ or pread, threads, no worker processes, nothing in /dev/shm), checks every sampl
 batch: a bad sample either stops the run with one line or is replaced by a rule that depends on nothing but the data and the
 quarantine list. `batch(positions)` is a pure function of its argument; a maintainer must keep it so.
 
-Memory: the batches that were asked for or hinted at (depth + 1), the indices of `max_open` shards (0.2 MB each at 1,024 samples),
-one or two windows of sample ids (8 bytes each); mapped shards are page cache, which the kernel takes back when it wants.
+Memory: the batches that were asked for or hinted at (depth + 1), the indices of two windows of shards (50 KB each at 1,024
+samples), one or two windows of sample ids (8 bytes each); mapped shards are page cache, which the kernel takes back when it wants.
+
+A batch's memory is used again once nobody holds the batch, and never before. Pinned memory (`pin`) comes from torch's caching
+host allocator, which moreover waits for every copy that was issued from it with non_blocking=True (an event per stream), so that a
+batch may be dropped right after such a copy was issued. Pageable memory needs no events: CUDA returns from a copy only when
+the host's bytes are staged. A ring of our own over pinned memory would have to keep those events itself; don't put one here.
 """
 
+import contextlib
+import math
+import resource
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -21,23 +30,11 @@ import xxhash
 from data_pipeline import order
 from data_pipeline.latents import LatentBatch
 from data_pipeline.manifest import Manifest
-from data_pipeline.shard_file import LocalFolder, OpenShard
+from data_pipeline.quarantine import BadSample, Quarantine, split
+from data_pipeline.shard_file import LocalFolder, OpenShard, choose_access
 
 _TORCH = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
-
-
-class BadSample(ValueError):
-    """One sample that is not what the index says; every other error is about the whole shard."""
-
-
-def _split(sizes: np.ndarray, heldout: float, part: str) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return the sample ids of one part of a dataset, ascending (None: all of them), and how many of them each shard has."""
-    if heldout == 0 and part == "train":
-        return None, sizes
-    chosen = order.held_out(int(sizes.sum()), heldout) == (part == "heldout")
-    before = np.concatenate([[0], np.cumsum(chosen)])
-    ends = np.cumsum(sizes)
-    return np.flatnonzero(chosen), before[ends] - before[ends - sizes]
+_SPARE_DESCRIPTORS = 256  # left for sockets, logs, checkpoints
 
 
 class Source:
@@ -56,33 +53,33 @@ class Source:
         on_bad: str = "stop",
         max_bad: int | None = None,
         checked: bool = True,
-        use_mmap: bool = True,
+        access: str = "auto",
         pin: bool = False,
         threads: int = 1,
         depth: int = 2,
-        max_open: int = 256,
+        max_open: int | None = None,
         heldout: float = 0.0,
         part: str = "train",
     ):
-        if part not in ("train", "heldout"):
-            raise ValueError(f"part {part!r} is none of train, heldout")
-        if on_bad not in ("stop", "replace"):
-            raise ValueError(f"on_bad {on_bad!r} is none of stop, replace")
+        if pin and not torch.cuda.is_available():
+            raise ValueError("pin=True needs a CUDA device, and torch sees none; leave it out")
         self.manifest, self.files, self.seed, self.window = manifest, files, seed, window
-        self.on_bad, self.checked, self.use_mmap, self.pin = on_bad, checked, use_mmap, pin
-        # Past one sample in ten thousand the data is no longer what the manifest names.
-        self.max_bad = max(1, manifest.num_samples // 10_000) if max_bad is None else max_bad
+        self.checked, self.access, self.pin = checked, choose_access(access, files.folder), pin
         self._sizes = manifest.shard_sizes
         self._ends = np.cumsum(self._sizes)
-        self._members, self._member_sizes = _split(self._sizes, heldout, part)
+        self._starts = self._ends - self._sizes
+        members, self._member_sizes = split(self._sizes, heldout, part)
+        names = [shard.name for shard in manifest.shards]
+        self.quarantine = Quarantine(names, self._sizes, members, on_bad, max_bad)
+        self._members = members
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._max_open = max_open
-        self._lock = threading.Lock()  # of counters, quarantine and pending batches; never held while reading
+        # Two windows, or a shard would be opened anew for every sample.
+        self._max_open = _descriptors_for(min(2 * window, len(names))) if max_open is None else max_open
+        self._lock = threading.Lock()  # of counters and pending batches; never held while reading
         self._opening = threading.Lock()
-        self._bad_shards: set[int] = set()
-        self._bad_samples: set[int] = set()
         self._depth = depth
         self._pending: OrderedDict[bytes, Future] = OrderedDict()
+        self._buffers: list[np.ndarray] = []
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="evenkeel-prefetch")
         self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="evenkeel-copy") if threads > 1 else None
         self._threads = threads
@@ -98,7 +95,7 @@ class Source:
         positions = np.ascontiguousarray(positions, dtype=np.int64)
         start = time.perf_counter()
         with self._lock:
-            future = self._pending.pop(positions.tobytes(), None)
+            future = self._pending.pop(positions.tobytes(), None) if self._pending else None
         result = self._read(positions) if future is None else future.result()
         with self._lock:
             self._counters["wait_seconds"] += time.perf_counter() - start
@@ -107,7 +104,7 @@ class Source:
         return result
 
     def prefetch(self, positions):
-        """Hint that `batch(positions)` comes soon; more than `depth` hints drop the oldest."""
+        """Hint that a batch will be asked for: it is read in the background. At most `depth` hints are kept, the newest."""
         positions = np.array(positions, dtype=np.int64)  # a copy: the caller may reuse its own
         with self._lock:
             key = positions.tobytes()
@@ -116,25 +113,30 @@ class Source:
             while len(self._pending) > self._depth:
                 self._pending.popitem(last=False)[1].cancel()
 
+    @property
+    def num_samples(self) -> int:
+        """Return the samples in an epoch: those of this part of the dataset."""
+        return int(self._member_sizes.sum())
+
     def counters(self) -> dict:
         """Return totals since opening: samples, bytes, wait_seconds, checksum_failures, replaced, quarantined_{samples,shards}."""
         with self._lock:
-            return {
-                **self._counters,
-                "quarantined_samples": len(self._bad_samples),
-                "quarantined_shards": len(self._bad_shards),
+            bad = {
+                "quarantined_samples": len(self.quarantine.samples),
+                "quarantined_shards": len(self.quarantine.shards),
             }
+            return self._counters | bad
 
     def state(self) -> dict:
         """Return the quarantine list, for a checkpoint: a resumed run must make the same replacements."""
-        with self._lock:
-            return {"version": 1, "shards": sorted(self._bad_shards), "samples": sorted(self._bad_samples)}
+        return self.quarantine.state()
 
     def load_state(self, state: dict):
         """Take over a quarantine list, or several ranks' lists one after another."""
-        with self._lock:
-            self._bad_shards.update(int(s) for s in state["shards"])
-            self._bad_samples.update(int(s) for s in state["samples"])
+        if self.quarantine.add(state):
+            with self._lock:  # what was read ahead under the old list is read again
+                while self._pending:
+                    self._pending.popitem()[1].cancel()
 
     def close(self):
         """Stop the threads and let go of the files."""
@@ -159,17 +161,12 @@ class Source:
         ids = order.sample_at(self.seed, positions, self._member_sizes, self.window)
         return ids if self._members is None else self._members[ids]
 
-    @property
-    def num_samples(self) -> int:
-        """Return the samples in an epoch: those of this part of the dataset."""
-        return int(self._member_sizes.sum())
-
     def _read(self, positions: np.ndarray) -> LatentBatch:
         m = self.manifest
-        stored = torch.empty((len(positions), *m.shape), dtype=_TORCH[m.dtype], pin_memory=self.pin)
+        stored = self._empty((len(positions), *m.shape), _TORCH[m.dtype])
         rows = stored.numpy().reshape(len(positions), -1).view(np.uint8)
         labels = np.empty(len(positions), dtype=np.int64)
-        ids = self.sample_ids(positions).tolist()
+        ids = self.sample_ids(positions)
         if len(positions):
             self.files.ahead(self._names_ahead(int(positions.max())))
         if self._copiers is None:
@@ -181,6 +178,24 @@ class Source:
                 done.result()
         return LatentBatch(torch.from_numpy(positions.copy()), stored, torch.from_numpy(labels))
 
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return memory for a batch: pinned, or the bytes of an earlier batch that nobody holds any more.
+
+        Memory fresh from the kernel costs its page faults, up to as much as the copy into it.
+        """
+        if self.pin:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            for buffer in self._buffers:
+                # Tensors over an array, and views of them, hold the array; three references are the list's, the loop's, the call's.
+                if buffer.nbytes == num_bytes and sys.getrefcount(buffer) == 3:
+                    break
+            else:
+                buffer = np.empty(num_bytes, dtype=np.uint8)
+                self._buffers = [*self._buffers[-self._depth - 1 :], buffer]
+            return torch.from_numpy(buffer).view(dtype).view(shape)
+
     def _names_ahead(self, position: int) -> list[str]:
         if isinstance(self.files, LocalFolder):
             return []
@@ -188,66 +203,61 @@ class Source:
         entries = [self.manifest.shards[shard] for shard in shards]
         return [name for entry in entries for name in (entry.index_name, entry.name)]
 
-    def _copy(self, ids: list[int], rows: np.ndarray, labels: np.ndarray):
-        digest, checked = xxhash.xxh3_64_intdigest, self.checked
-        ends = self._ends
-        shards = np.searchsorted(ends, ids, side="right")
-        numbers = (np.asarray(ids) - (ends - self._sizes)[shards]).tolist()
-        for i, (shard, number) in enumerate(zip(shards.tolist(), numbers)):
-            opened, row = self._open.get(shard), rows[i]
-            if opened is not None and shard not in self._bad_shards and ids[i] not in self._bad_samples:
+    def _copy(self, ids: np.ndarray, rows: np.ndarray, labels: np.ndarray):
+        """Fill rows and labels. This loop costs about 1 us a sample beside copy and hash: keep it short."""
+        digest, checked, find, suspicious = (
+            xxhash.xxh3_64_intdigest,
+            self.checked,
+            self._open.get,
+            not self.quarantine.empty,
+        )
+        shards = np.searchsorted(self._ends, ids, side="right")
+        numbers = (ids - self._starts[shards]).tolist()
+        found = []
+        for row, shard, number in zip(rows, shards.tolist(), numbers):
+            opened = find(shard)
+            if opened is not None and not suspicious:
                 try:
                     opened.read_into(row, opened.offsets[number])
-                    good = not checked or digest(row) == opened.hashes[number]
                 except (OSError, ValueError):
-                    good = False
-                if good:
-                    labels[i] = opened.labels[number]
-                    continue
-            labels[i] = self._copy_carefully(ids[i], row)
+                    pass  # looked into below
+                else:
+                    if not checked or digest(row) == opened.hashes[number]:
+                        found.append(opened.labels[number])
+                        continue
+            found.append(self._copy_carefully(shard, number, row))
+        labels[:] = found
 
-    def _copy_carefully(self, sample: int, row: np.ndarray) -> int:
+    def _copy_carefully(self, shard: int, number: int, row: np.ndarray) -> int:
         """Read one sample off the fast path: open its shard, look twice at damage, quarantine and replace; return its label."""
-        wanted = sample
+        quarantine = self.quarantine
+        sample = wanted = int(self._starts[shard]) + number
         for _ in range(self.manifest.num_samples):
-            shard, number = self._place(sample)
-            if shard not in self._bad_shards and sample not in self._bad_samples:
+            shard = int(np.searchsorted(self._ends, sample, side="right"))
+            if not quarantine.holds(shard, sample):
                 try:
-                    label = self._read_one(shard, number, row)
+                    label = self._read_one(shard, sample - int(self._starts[shard]), row)
                 except (ValueError, OSError) as error:
-                    self._quarantine(shard, sample, error)
+                    quarantine.note(shard, sample, error)
                 else:
                     if sample != wanted:
                         with self._lock:
                             self._counters["replaced"] += 1
                     return label
-            sample = self._substitute(shard, number, sample)
+            sample = quarantine.substitute(shard, sample)
         raise ValueError("every sample of the dataset is in quarantine; restore the shards")
 
-    def _place(self, sample: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard, sample - int(self._ends[shard] - self._sizes[shard])
-
-    def _substitute(self, shard: int, number: int, sample: int) -> int:
-        """Name what replaces a bad sample: the next one, or the same row of the next shard when all of its shard is bad.
-
-        Where that belongs to the other part of the dataset, the next one that does not.
-        """
-        if shard not in self._bad_shards:
-            found = (sample + 1) % self.manifest.num_samples
-        else:
-            shard = (shard + 1) % len(self._sizes)
-            found = int(self._ends[shard] - self._sizes[shard]) + number % int(self._sizes[shard])
-        if self._members is None:
-            return found
-        return int(self._members[np.searchsorted(self._members, found) % len(self._members)])
-
     def _read_one(self, shard: int, number: int, row: np.ndarray) -> int:
-        opened = self._get(shard)
+        opened, offset = self._get(shard), None
         for attempt in range(2):
-            opened.read_into(row, opened.offsets[number])
-            if not self.checked or xxhash.xxh3_64_intdigest(row) == opened.hashes[number]:
-                return opened.labels[number]
+            offset = opened.offsets[number]
+            try:
+                opened.read_into(row, offset)
+                if not self.checked or xxhash.xxh3_64_intdigest(row) == opened.hashes[number]:
+                    return opened.labels[number]
+            except (ValueError, OSError):
+                if attempt:
+                    raise
             if attempt == 0:  # a second look through a fresh file (a fresh copy where the source is remote)
                 with self._opening:
                     self._open.pop(shard, None)
@@ -256,7 +266,7 @@ class Source:
             self._counters["checksum_failures"] += 1
         name, key = self.manifest.shards[shard].name, opened.keys[number].decode(errors="replace")
         raise BadSample(
-            f"shard {name}: sample {key!r} at offset {opened.offsets[number]} fails its checksum; "
+            f"shard {name}: sample {key!r} at offset {offset} fails its checksum; "
             "restore the shard, or set on_bad=replace"
         )
 
@@ -281,22 +291,19 @@ class Source:
         entry = self.manifest.shards[shard]
         path = self.files.locate(entry.name, refetch)
         index_path = self.files.locate(entry.index_name)
-        return OpenShard(path, index_path, entry, self.manifest.sample_bytes, self.use_mmap)
+        return OpenShard(path, index_path, entry, self.manifest.sample_bytes, self.access)
 
-    def _quarantine(self, shard: int, sample: int, error: Exception):
-        """Note bad data; raise when the policy or its limit says stop."""
-        message = str(error)
-        if isinstance(error, OSError):
-            message = f"shard {self.manifest.shards[shard].name}: {error}; restore it or set on_bad=replace"
-        with self._lock:
-            if self.on_bad == "stop":
-                raise ValueError(message) from None
-            if isinstance(error, BadSample):
-                self._bad_samples.add(sample)
-            else:
-                self._bad_shards.add(shard)
-            bad = len(self._bad_samples) + sum(int(self._sizes[s]) for s in self._bad_shards)
-            if bad > self.max_bad:
-                raise ValueError(
-                    f"{bad} samples are bad, more than max_bad={self.max_bad}; the last: {message}"
-                ) from None
+
+def _descriptors_for(shards: int) -> int:
+    """Return how many of `shards` may be open at once, after asking for as many descriptors as that takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < shards + _SPARE_DESCRIPTORS:
+        wanted = (
+            shards + _SPARE_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, shards + _SPARE_DESCRIPTORS)
+        )
+        with contextlib.suppress(
+            ValueError, OSError
+        ):  # not allowed here: fewer are open at once, and opened more often
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+            soft = max(soft, wanted)
+    return max(1, shards if soft == resource.RLIM_INFINITY else min(shards, soft - _SPARE_DESCRIPTORS))

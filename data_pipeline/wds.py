@@ -181,13 +181,16 @@ def label_of(data, group: dict[str, Member]) -> int:
 # Writing
 
 
-def write_shard(path: Path, samples) -> None:
-    """Write (key, array, label) samples as one tar, byte-reproducibly; the caller gives a temporary path and renames it."""
+def write_shard(path: Path, samples, mtime: float | None = 0) -> None:
+    """Write (key, array, label) samples as one tar, byte-reproducibly; the caller gives a temporary path and renames it.
+
+    `mtime` None is the library's own choice, the time of writing.
+    """
     import webdataset
 
     with open(path, "wb") as file:
         # mtime=0: the library's float timestamps cost a PAX header of 1 KiB per member, and no two tars are alike.
-        with webdataset.TarWriter(file, mtime=0) as writer:
+        with webdataset.TarWriter(file, mtime=mtime) as writer:
             for key, array, label in samples:
                 sample = {"__key__": key, "npy": npy.to_bytes(array)}
                 if label != index.NO_LABEL:

@@ -83,6 +83,8 @@ def test_a_part_is_held_out_of_training(digits):
     for overrides in (["data.heldout=1"], ["data.heldout=0.1", "data.reader=stock"]):
         with pytest.raises(ValueError, match="data.heldout"):
             examples_of(digits, *overrides)
+    with pytest.raises(ValueError, match="data.on_bad"):
+        examples_of(digits, "data.on_bad=replace", "data.reader=stock")
 
 
 def test_dropout_masks_are_functions_of_layer_and_position(digits):

@@ -40,7 +40,9 @@ def flip(path, offset):
 # -- the right samples ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"use_mmap": False}, {"checked": False}, {"threads": 3}, {"max_open": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"access": "pread"}, {"access": "mmap"}, {"checked": False}, {"threads": 3}, {"max_open": 1}]
+)
 def test_batches_are_the_samples_in_order(clean, options):
     folder, samples = clean
     positions = np.arange(2 * N + 3)  # runs into the third epoch
@@ -273,8 +275,8 @@ def whole_epoch(folder, **options):
         return source.sample_ids(np.arange(source.num_samples)), batch, source.counters(), source.state()
 
 
-@pytest.mark.parametrize("use_mmap", [True, False])
-def test_flipped_byte_stops_or_is_replaced(dataset, use_mmap):
+@pytest.mark.parametrize("access", ["mmap", "pread"])
+def test_flipped_byte_stops_or_is_replaced(dataset, access):
     folder, samples = dataset
     offset, size = sample_offset(folder, 1, 2)
     flip(folder / "shard-000001.tar", offset + size // 2)
@@ -282,8 +284,8 @@ def test_flipped_byte_stops_or_is_replaced(dataset, use_mmap):
     with pytest.raises(
         ValueError, match=rf"shard-000001.tar: sample '{bad:08d}' at offset {offset} fails its checksum"
     ):
-        whole_epoch(folder, use_mmap=use_mmap)
-    ids, batch, counters, state = whole_epoch(folder, on_bad="replace", use_mmap=use_mmap)
+        whole_epoch(folder, access=access)
+    ids, batch, counters, state = whole_epoch(folder, on_bad="replace", access=access)
     used = [i + 1 if i == bad else i for i in ids]
     assert (batch.stored.numpy() == np.stack([samples[i][1] for i in used])).all()
     assert batch.labels.tolist() == [samples[i][2] for i in used]

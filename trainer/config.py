@@ -92,6 +92,10 @@ def check(config: Config) -> None:
         raise ValueError(
             "data.heldout does not go with data.reader=stock, which reads everything; use data.reader=indexed"
         )
+    if config.data.on_bad == "replace" and config.data.reader == "stock":
+        raise ValueError(
+            "data.on_bad=replace does not go with data.reader=stock, which can only stop; use data.reader=indexed"
+        )
     if config.noise.sigma_max and config.noise.sigma_max <= config.noise.sigma_min:
         raise ValueError(
             f"noise.sigma_max={config.noise.sigma_max}: must exceed noise.sigma_min={config.noise.sigma_min}"

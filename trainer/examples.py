@@ -104,6 +104,7 @@ def _open(data: Data, seed: int, pin: bool):
         max_bad=data.max_bad or None,
         checked=data.verify,
         threads=data.threads,
+        access=data.access,
         heldout=data.heldout,
         pin=pin,
     )

@@ -113,6 +113,7 @@ class Data:
     on_bad: str = one_of("stop", "stop", "replace")  # replace: deterministically, counted, up to max_bad
     max_bad: int = at_least(0, 0)  # samples; 0: one in 10,000
     threads: int = at_least(1, 1)  # that copy samples into a batch
+    access: str = one_of("auto", "auto", "mmap", "pread")  # auto: mmap, but pread on file systems of a network
     heldout: float = at_least(
         0.0, 0.0
     )  # share of the samples that training never sees, by a hash of their number; try 0.01

@@ -164,6 +164,7 @@ class Run:
             dist.all_gather_object(everyone, self.examples.source.state())
             shards, samples = ({bad for one in everyone for bad in one[key]} for key in ("shards", "samples"))
             extras["quarantine"] = {"version": 1, "shards": sorted(shards), "samples": sorted(samples)}
+            self.examples.source.load_state(extras["quarantine"])  # as a resumed run does: this one goes on alike
         return extras
 
     def note_progress(self) -> None:
