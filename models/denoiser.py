@@ -8,14 +8,17 @@ only the network's input is cast, and convolutions and attention follow the type
 import torch
 from torch import Tensor, nn
 
+from models.ddpm_unet import DDPMUNet
 from models.edm2 import UNet, magnitude
 from models.magnitude import MPConv, MPFourier
+from models.unode import UNode
+from models.unode_paper import PaperUNode
 
 ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Denoiser(nn.Module):
-    """Precondition `unet` so that its input and its target have unit variance at every noise level.
+    """Precondition `unet` (of any family) so that its input and its target have unit variance at every noise level.
 
     c_skip = sd^2 / (s^2 + sd^2), c_out = s sd / sqrt(s^2 + sd^2), c_in = 1 / sqrt(s^2 + sd^2), c_noise = ln(s) / 4.
     """
@@ -67,15 +70,32 @@ class Denoiser(nn.Module):
         magnitudes = {f"unet.{name}": value for name, value in seen.items()}
         return denoised, logvar, magnitudes | {"logvar_linear": magnitude(logvar)}
 
+    def function_evaluations(self) -> dict[str, int]:
+        """Return how often each block evaluates the right-hand side of its ODE, by name; {} where none is one."""
+        blocks = self.unet.named_modules()
+        return {f"unet.{name}": block.evaluations for name, block in blocks if hasattr(block, "evaluations")}
+
 
 # Config keys of the network (INTERFACES of the config group `model`); the others belong to Denoiser.
 _TUPLES = ("channel_mult", "attn_resolutions", "resample_filter")
-_EDM2 = (
+_PLAIN = ("model_channels", "channel_mult", "attn_resolutions")
+_COMMON = (
     *_TUPLES,
     *("model_channels", "num_blocks", "channels_per_head", "channel_mult_noise", "channel_mult_emb", "label_balance"),
-    *("concat_balance", "residual_balance", "attn_balance", "clip_act", "dropout"),
+    *("concat_balance", "attn_balance", "clip_act", "dropout"),
 )
-_DENOISER = ("family", "resolution", "channels", "label_dim", "logvar_channels", "sigma_data")
+_DENOISER = ("family", "resolution", "channels", "label_dim", "logvar_channels", "sigma_data", "ode")
+_ODE = {"mode": "mp", "solver": "split", "steps": 2, "adjoint": False, "rtol": 1e-3, "atol": 1e-3}
+_ODE |= {"omega": 1.5708, "strength": 1.0, "norm": "group"}
+
+# What a network of each family and mode is built of. A config's other keys have their defaults (trainer/model_keys.py).
+NETWORKS = {
+    "edm2": (UNet, (*_COMMON, "residual_balance")),
+    "ddpm_unet": (DDPMUNet, (*_PLAIN, "sigma_data")),
+    "unode": (UNode, _COMMON),
+    "unode paper": (PaperUNode, (*_PLAIN, "sigma_data")),
+    "unode released": (PaperUNode, (*_PLAIN, "sigma_data")),
+}
 
 
 def build(model: dict, activations: str = "fp32", activation_checkpointing: bool = False) -> Denoiser:
@@ -85,17 +105,19 @@ def build(model: dict, activations: str = "fp32", activation_checkpointing: bool
     Raise ValueError for an unknown family, activation type or key, a missing key and impossible sizes.
     """
     family = model.get("family", "edm2")
-    if family != "edm2":
-        raise ValueError(f"model.family {family!r}: known families are edm2; correct model.family")
+    if family not in NETWORKS:
+        raise ValueError(f"model.family {family!r}: known families are edm2, unode, ddpm_unet; correct model.family")
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
-    unknown = sorted(set(model) - {*_EDM2, *_DENOISER})
+    unknown = sorted(set(model) - {*NETWORKS["edm2"][1], *_DENOISER})
     if unknown:
-        raise ValueError(f"model.{unknown[0]}: no such key for the family edm2; remove it")
+        raise ValueError(f"model.{unknown[0]}: no such key for the family {family}; remove it")
     for key in ("resolution", "channels", "label_dim"):
         if key not in model:
             raise ValueError(f"model.{key} is missing: state it as an integer")
-    options = {key: tuple(model[key]) if key in _TUPLES else model[key] for key in _EDM2 if key in model}
+    ode = _ODE | model.get("ode", {})
+    network, keys = NETWORKS[f"unode {ode['mode']}" if family == "unode" and ode["mode"] != "mp" else family]
+    options = {key: tuple(model[key]) if key in _TUPLES else model[key] for key in keys if key in model}
     levels = len(options.get("channel_mult", (1, 2, 3, 4)))
     if model["resolution"] % (1 << levels - 1):
         raise ValueError(
@@ -103,5 +125,7 @@ def build(model: dict, activations: str = "fp32", activation_checkpointing: bool
             f"{1 << levels - 1}; change the resolution or use fewer levels"
         )
     sizes = (model["resolution"], model["channels"], model["label_dim"])
-    unet = UNet(*sizes, activation_checkpointing=activation_checkpointing, **options)
+    if family == "unode":
+        options["ode"] = ode
+    unet = network(*sizes, activation_checkpointing=activation_checkpointing, **options)
     return Denoiser(unet, model, activations)

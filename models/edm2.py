@@ -157,7 +157,34 @@ class Block(nn.Module):
         return y.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (height, width))
 
 
-class UNet(nn.Module):
+def label_rows(labels: Tensor | None, label_dim: int, like: Tensor) -> Tensor:
+    """Return fp32 rows [N or 1, label_dim]: one-hot for classes; zeros for -1 and for no labels at all."""
+    if labels is None:
+        return torch.zeros(1, label_dim, device=like.device)
+    if labels.is_floating_point():
+        return labels.float().reshape(-1, label_dim)
+    return (labels[:, None] == torch.arange(label_dim, device=labels.device)).float()
+
+
+class Embedding(nn.Module):
+    """What a network knows of noise level and class: its base, not a part, because NVIDIA's names are flat."""
+
+    def make_embedding(self, noise_channels: int, emb_channels: int, label_dim: int, label_balance: float) -> None:
+        self.label_dim, self.label_balance = label_dim, label_balance
+        self.emb_fourier = MPFourier(noise_channels)
+        self.emb_noise = MPConv(noise_channels, emb_channels)
+        self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
+
+    def embed(self, c_noise: Tensor, labels: Tensor | None, see) -> Tensor:
+        """Return the fp32 embedding [N or 1, emb_channels]; `see(name, h)` takes note of magnitudes."""
+        emb = see("emb_noise", self.emb_noise(self.emb_fourier(c_noise)))
+        if self.emb_label is not None:
+            rows = label_rows(labels, self.label_dim, c_noise)
+            emb = mp_sum(emb, see("emb_label", self.emb_label(rows * math.sqrt(self.label_dim))), self.label_balance)
+        return mp_silu(emb)
+
+
+class UNet(Embedding):
     """The network F: image and noise level (and class) -> image, all of unit magnitude."""
 
     def __init__(
@@ -181,13 +208,10 @@ class UNet(nn.Module):
         widths = [model_channels * mult for mult in channel_mult]
         noise_channels = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
         emb_channels = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
-        self.label_dim, self.num_levels = label_dim, len(widths)
-        self.label_balance, self.concat_balance = label_balance, concat_balance
+        self.num_levels, self.concat_balance = len(widths), concat_balance
         self.activation_checkpointing = activation_checkpointing
         self.out_gain = nn.Parameter(torch.zeros(1))
-        self.emb_fourier = MPFourier(noise_channels)
-        self.emb_noise = MPConv(noise_channels, emb_channels)
-        self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
+        self.make_embedding(noise_channels, emb_channels, label_dim, label_balance)
         num_built = 0
 
         def build(in_channels: int, out_channels: int, res: int, encoder: bool, attention: bool, resample="keep"):
@@ -250,11 +274,7 @@ class UNet(nn.Module):
                 seen[name] = magnitude(h)
             return h
 
-        emb = see("emb_noise", self.emb_noise(self.emb_fourier(c_noise)))
-        if self.emb_label is not None:
-            rows = self._label_rows(labels, c_noise)
-            emb = mp_sum(emb, see("emb_label", self.emb_label(rows * math.sqrt(self.label_dim))), self.label_balance)
-        emb = mp_silu(emb)
+        emb = self.embed(c_noise, labels, see)
 
         def run(name: str, block: Block, h: Tensor) -> Tensor:
             if self.activation_checkpointing and self.training:
@@ -276,11 +296,3 @@ class UNet(nn.Module):
                 x = mp_cat(x, skips.pop(), self.concat_balance)
             x = run(f"dec.{name}", block, x)
         return see("out_conv", self.out_conv(x, gain=self.out_gain)), seen
-
-    def _label_rows(self, labels: Tensor | None, c_noise: Tensor) -> Tensor:
-        """Return fp32 rows [N or 1, label_dim]: one-hot for classes; zeros for -1 and for no labels at all."""
-        if labels is None:
-            return torch.zeros(1, self.label_dim, device=c_noise.device)
-        if labels.is_floating_point():
-            return labels.float().reshape(-1, self.label_dim)
-        return (labels[:, None] == torch.arange(self.label_dim, device=labels.device)).float()

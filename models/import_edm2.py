@@ -275,8 +275,12 @@ def export_file(source, target) -> None:
         raise ValueError(f"{source}: no readable safetensors file ({error})") from None
     if not isinstance(header, dict) or not isinstance(header.get("model"), dict):
         raise ValueError(f"{source}: no header of evenkeel; give a snapshot or a reconstruction of a run")
+    if header["model"].get("family", "edm2") != "edm2":
+        raise ValueError(
+            f"{source}: is a {header['model']['family']}; only networks of the family edm2 have NVIDIA's names"
+        )
     names = {value: key for key, value in RENAMED.items()}
-    options = {names.get(key, key): value for key, value in header["model"].items() if key != "family"}
+    options = {names.get(key, key): value for key, value in header["model"].items() if key not in ("family", "ode")}
     _save(target, export(tensors), {"edm2": json.dumps(options)})
 
 

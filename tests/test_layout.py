@@ -78,7 +78,8 @@ def test_the_login_node_needs_no_torch(module):
 def test_training_needs_neither_hydra_nor_submitit_nor_streaming():
     code = (
         "import sys\n"
-        "for name in ('hydra', 'omegaconf', 'submitit', 'streaming', 'webdataset', 'sklearn'): sys.modules[name] = None\n"
+        "names = 'hydra omegaconf submitit streaming webdataset sklearn torchdiffeq'.split()\n"
+        "for name in names: sys.modules[name] = None\n"
         "import trainer.train, trainer.posthoc, trainer.generate, trainer.evaluate, trainer.flops\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

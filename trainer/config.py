@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from trainer.groups import Config
+from trainer.model_keys import check_model
 from trainer.typed import build
 from trainer.typed import format_size as format_size  # the sizes are part of the config language
 from trainer.typed import parse_size as parse_size
@@ -76,6 +77,7 @@ def check(config: Config) -> None:
             f"model.resolution={config.model.resolution}: must be divisible by {2 ** (levels - 1)} for the {levels} levels "
             f"of model.channel_mult; use another resolution or fewer levels"
         )
+    check_model(config.model, config.engine)
     for value in config.ema.sigma_rel:
         if not 0 < value < 12**-0.5:
             raise ValueError(f"ema.sigma_rel={value}: must lie between 0 and 0.2886 (12**-0.5); try 0.05 or 0.10")

@@ -10,10 +10,32 @@ from trainer.typed import at_least, list_of, one_of, required
 
 
 @dataclass
-class Model:
-    """The network; names follow the EDM2 paper (Karras et al. 2024, Table 6 and Appendix A)."""
+class Ode:
+    """The blocks of a U-Node (models/unode.py, unode_paper.py); means nothing to the other families."""
 
-    family: str = one_of("edm2", "edm2")
+    mode: str = one_of("mp", "mp", "paper", "released")  # mp: magnitude-preserving, in EDM2's macro-architecture
+    # split: magnitude-preserving, mode mp; fixed steps up to rk4; the others adaptive: they run a different number of steps on
+    # every rank, and an image then depends on its batch
+    solver: str = one_of("split", "split", "euler", "midpoint", "rk4", "dopri5", "bosh3", "adaptive_heun")
+    steps: int = at_least(2, 1)  # over [0, 1], fixed-step solvers
+    adjoint: bool = False  # gradient by the adjoint equation: memory independent of the steps, not exact
+    rtol: float = at_least(1e-3, 0.0)  # adaptive solvers and the adjoint
+    atol: float = at_least(1e-3, 0.0)
+    omega: float = (
+        1.5708  # mp: angle by which position and velocity turn into each other over a block; pi / 2 exchanges them
+    )
+    strength: float = at_least(1.0, 0.0)  # mp: of the force, over a block
+    norm: str = one_of("group", "group", "instance")  # released: of the authors' final experiments, or of their code
+
+
+@dataclass
+class Model:
+    """The network; names follow the EDM2 paper (Karras et al. 2024, Table 6 and Appendix A).
+
+    Which keys mean something to which family: trainer/model_keys.py.
+    """
+
+    family: str = one_of("edm2", "edm2", "unode", "ddpm_unet")
     resolution: int = at_least(64, 1)  # height and width of what is diffused: latents or pixels
     channels: int = at_least(4, 1)
     label_dim: int = at_least(1000, 0)  # 0: unconditional
@@ -33,6 +55,7 @@ class Model:
     resample_filter: list[int] = list_of(1, 1)
     logvar_channels: int = at_least(128, 1)
     sigma_data: float = 0.5
+    ode: Ode = field(default_factory=Ode)
 
 
 @dataclass

@@ -124,6 +124,8 @@ class Meter:
         put("evenkeel_checksum_failures_total", read["checksum_failures"])
         put("evenkeel_replaced_samples_total", read.get("replaced", 0))
         put("evenkeel_memory_bytes", _peak_memory(self.engine.device))
+        for block, evaluations in self.engine.module.function_evaluations().items():
+            put("evenkeel_function_evaluations", evaluations, block=block)
         self._put_magnitudes("evenkeel_activation_magnitude", self.magnitudes)
         weights = {name.removesuffix(".weight"): rms for name, rms in self.engine.weight_magnitudes().items()}
         self._put_magnitudes("evenkeel_weight_magnitude", weights)

@@ -47,6 +47,8 @@ TABLE = tuple(Metric(*row) for row in (
     ("evenkeel_weight_magnitude", "gauge", "RMS", ("side", "resolution", "statistic"), "run",
      "Weight magnitude of learned layers by encoder/decoder and resolution, mean or max over layers"),
     ("evenkeel_row_rms_deviation", "gauge", "RMS", (), "run", "Largest |RMS - (1 - 1e-4)| over all normalised weight rows"),
+    ("evenkeel_function_evaluations", "gauge", "evaluations", ("block",), "rank",
+     "How often an ODE block evaluated its right-hand side in the last forward"),
     # faults, data and files
     ("evenkeel_nonfinite_steps_total", "counter", "steps", (), "run", "Steps with a non-finite gradient"),
     ("evenkeel_samples_read_total", "counter", "samples", (), "rank", "Samples read and verified by this rank in this start"),

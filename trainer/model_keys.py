@@ -1,0 +1,69 @@
+"""Which keys of the config group `model` mean something to which family of networks; a key without a meaning is refused.
+
+A composed config holds every key, so "set" means: not the default. Imports no torch, like the rest of the config.
+"""
+
+import dataclasses
+
+from trainer.groups import Engine, Model, Ode
+
+ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun")
+
+_MAGNITUDE_PRESERVING = (
+    *("num_blocks", "channels_per_head", "channel_mult_noise", "channel_mult_emb", "label_balance", "concat_balance"),
+    *("residual_balance", "attn_balance", "clip_act", "dropout", "resample_filter"),
+)
+# the families' keys that mean nothing to it; what is not named here is common to all
+MEANINGLESS = {
+    "edm2": ("ode",),
+    "ddpm_unet": (*_MAGNITUDE_PRESERVING, "ode"),
+    "unode mp": ("residual_balance", "ode.norm"),  # the force's strength stands for the balance
+    "unode paper": (*_MAGNITUDE_PRESERVING, "ode.omega", "ode.strength", "ode.norm"),
+    "unode released": (*_MAGNITUDE_PRESERVING, "ode.omega", "ode.strength"),
+}
+
+
+def check_model(model: Model, engine: Engine) -> None:
+    """Raise ValueError for a key that the family does not know, and for solvers that do not go with the rest."""
+    kind = f"unode {model.ode.mode}" if model.family == "unode" else model.family
+    for key in MEANINGLESS[kind]:
+        value = _value(model, key)
+        if value != _value(Model(), key):
+            if key == "ode":
+                key, value = _first_difference(model.ode)
+            raise ValueError(f"model.{key}={value}: means nothing to the family {kind}; remove it")
+    if model.family == "unode":
+        _check_ode(model, engine)
+
+
+def _check_ode(model: Model, engine: Engine) -> None:
+    ode = model.ode
+    if ode.mode != "mp" and ode.solver == "split":
+        raise ValueError(
+            f"model.ode.solver=split: is for model.ode.mode=mp; with mode {ode.mode} set model.ode.solver=rk4, the papers'"
+        )
+    if ode.adjoint and ode.solver == "split":
+        raise ValueError(
+            "model.ode.adjoint=true: needs a Runge-Kutta solver; set model.ode.solver=rk4, or adjoint=false"
+        )
+    if engine.compile and (ode.adjoint or ode.solver in ADAPTIVE):
+        what = "model.ode.adjoint=true" if ode.adjoint else f"model.ode.solver={ode.solver}"
+        raise ValueError(
+            f"{what}: does not compile as one graph; set engine.compile=false, or fixed steps without adjoint"
+        )
+    if ode.mode == "released" and model.label_dim:
+        raise ValueError(
+            f"model.label_dim={model.label_dim}: the released network sees no class; set model.label_dim=0"
+        )
+
+
+def _value(model: Model, key: str):
+    for name in key.split("."):
+        model = getattr(model, name)
+    return model
+
+
+def _first_difference(ode: Ode) -> tuple[str, object]:
+    plain, default = dataclasses.asdict(ode), dataclasses.asdict(Ode())
+    name = next(n for n in plain if plain[n] != default[n])
+    return f"ode.{name}", plain[name]
