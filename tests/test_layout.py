@@ -13,6 +13,9 @@ MAY_IMPORT = {"models": set(), "data_pipeline": set(), "trainer": {"models", "da
 CLUSTER_MAY_IMPORT = {
     "trainer.config",
     "trainer.groups",
+    "trainer.size",
+    "trainer.peaks",
+    "trainer.snapshot_plan",
     "trainer.metrics_table",
     "trainer.ema_profiles",
     "data_pipeline.manifest",

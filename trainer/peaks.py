@@ -1,0 +1,20 @@
+"""What a device could do at best: the peaks that utilisation (MFU) and predictions are stated against. Imports nothing."""
+
+# Dense matrix FLOP/s of one device without sparsity, from NVIDIA's data sheets; first match of the device's name wins.
+PEAK_FLOPS = (
+    ("B200", {"fp32": 1.125e15, "bf16": 2.25e15, "fp16": 2.25e15}),
+    ("H200", {"fp32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}),
+    ("H100 PCIe", {"fp32": 378e12, "bf16": 756e12, "fp16": 756e12}),
+    ("H100", {"fp32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}),
+    ("L40S", {"fp32": 183e12, "bf16": 362e12, "fp16": 362e12}),
+    ("A100", {"fp32": 156e12, "bf16": 312e12, "fp16": 312e12}),
+    ("V100", {"fp32": 15.7e12, "fp16": 125e12}),
+)
+
+
+def peak_flops(device_name: str, activations: str) -> tuple[str, float] | None:
+    """Return (name, dense FLOP/s) of the peak that MFU is measured against, or None for a device not in the table."""
+    for name, peaks in PEAK_FLOPS:
+        if all(word in device_name for word in name.split()) and activations in peaks:
+            return f"{name} {activations}", peaks[activations]
+    return None
