@@ -1,6 +1,6 @@
 """Remote datasets: shards fetched whole into a bounded local cache that several jobs and ranks of a node share.
 
-http(s) goes through the standard library, everything else (s3, gs, ...) through fsspec. A file gets its name only when its size and
+A file gets its name only when its size and
 hash are the manifest's, so a cache never holds half a shard; one process fetches a file and the others wait for it. Nothing waits
 for ever: a transfer that brings no byte for `timeout_seconds` is given up, and tried again with growing pauses.
 """
@@ -10,74 +10,19 @@ import fcntl
 import hashlib
 import json
 import os
-import queue
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
-from data_pipeline import manifest
+from data_pipeline import manifest, remote
 from data_pipeline.manifest import Manifest
-
-_CHUNK = 2**20
-_PERMANENT = (400, 401, 403, 404, 405, 410, 451)  # trying again will not help
-_MAX_PAUSE_SECONDS = 30.0
 
 
 class GivenUp(OSError):
     """A file that could not be fetched."""
-
-
-def _read_http(url: str, timeout_seconds: float) -> Iterator[bytes]:
-    with urllib.request.urlopen(url, timeout=timeout_seconds) as response:
-        received, length = 0, response.headers.get("Content-Length")
-        while chunk := response.read(_CHUNK):
-            received += len(chunk)
-            yield chunk
-        if length is not None and received != int(length):  # read() in pieces does not say so
-            raise OSError(f"the connection was cut after {received} of {length} bytes")
-
-
-def _read_fsspec(url: str, timeout_seconds: float) -> Iterator[bytes]:
-    """Read in a thread of its own: not every file system knows timeouts. A stalled one is left behind; it ends with the process."""
-    chunks: queue.Queue = queue.Queue(maxsize=4)
-    gone = threading.Event()
-
-    def put(item):
-        while not gone.is_set():
-            with contextlib.suppress(queue.Full):
-                return chunks.put(item, timeout=1)
-
-    def work():
-        try:
-            import fsspec
-
-            with fsspec.open(url, "rb") as file:
-                while (chunk := file.read(_CHUNK)) and not gone.is_set():
-                    put(chunk)
-            put(b"")
-        except Exception as error:  # a file system raises what it likes; it is raised again on the other side
-            put(error)
-
-    threading.Thread(target=work, name="evenkeel-fetch", daemon=True).start()
-    try:
-        while True:
-            item = chunks.get(timeout=timeout_seconds)
-            if isinstance(item, Exception):
-                raise item
-            if not item:
-                return
-            yield item
-    except queue.Empty:
-        raise TimeoutError(f"no byte for {timeout_seconds:g} s") from None
-    finally:
-        gone.set()
 
 
 class Cache:
@@ -163,7 +108,7 @@ class Cache:
     def _fetch(self, name: str, target: Path):
         """Fetch a file, checked, under its final name; try again where that may help."""
         temporary = self.folder / f".{os.getpid()}.{threading.get_ident()}.{name}.tmp"
-        url = f"{self.url}/{urllib.parse.quote(name)}"
+        url = remote.join(self.url, name)
         try:
             self._reserve(name, temporary)
             self._fetch_patiently(url, name, temporary)
@@ -176,16 +121,12 @@ class Cache:
             try:
                 return self._fetch_once(url, name, temporary)
             except Exception as error:  # urllib, sockets and fsspec's file systems each raise their own kinds
-                status = getattr(error, "code", None)
-                permanent = status in _PERMANENT or isinstance(error, (FileNotFoundError, PermissionError))
-                reason = (
-                    f"HTTP status {status}" if status else str(getattr(error, "reason", error)) or type(error).__name__
-                )
+                permanent = remote.is_permanent(error)
                 if permanent or attempt == self.attempts - 1 or self._closed.is_set():
                     tried = "" if permanent else f" in {attempt + 1} attempts"
-                    raise GivenUp(f"{url} cannot be fetched{tried}: {reason}") from None
+                    raise GivenUp(f"{url} cannot be fetched{tried}: {remote.reason(error)}") from None
                 self.retries += 1
-                self._closed.wait(min(_MAX_PAUSE_SECONDS, self.pause_seconds * 2**attempt))
+                self._closed.wait(min(remote.MAX_PAUSE_SECONDS, self.pause_seconds * 2**attempt))
 
     def _fetch_once(self, url: str, name: str, temporary: Path):
         size, digest = self.expected.get(name, (None, ""))
@@ -193,8 +134,7 @@ class Cache:
         state, limit = xxhash.xxh3_64() if size is not None else hashlib.sha256(), size or manifest.MAX_MANIFEST_BYTES
         received, latest = 0, time.monotonic() + self.timeout_seconds + limit / 2**16  # 64 KiB/s at the very least
         with open(temporary, "wb") as file:
-            read = _read_http if url.startswith(("http://", "https://")) else _read_fsspec
-            for chunk in read(url, self.timeout_seconds):
+            for chunk in remote.read(url, self.timeout_seconds):
                 file.write(chunk)
                 state.update(chunk)
                 received += len(chunk)

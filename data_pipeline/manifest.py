@@ -6,6 +6,7 @@ manifest is complete. Torch-free: the login node reads it. All of it may come fr
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -118,30 +119,37 @@ def manifest_path(path) -> Path:
 
 
 def load(path) -> Manifest:
-    """Read and check a manifest.
+    """Read and check a manifest: of a folder, a file, or a URL of either (http, s3, gs, ...), which is read in bounded time.
 
     Raises ValueError, in one line, where it is absent or not one of ours.
     """
-    path = manifest_path(path)
+    from data_pipeline import remote
+
+    if remote.is_url(path):
+        path = str(path) if str(path).endswith(".json") else remote.join(str(path), NAME)
+        remedy = f"upload {NAME} and the .idx files with the shards; python -m data_pipeline.adopt makes them"
+        read = functools.partial(remote.load, path, MAX_MANIFEST_BYTES)
+    else:
+        path = manifest_path(path)
+        remedy = f"make the dataset with: python -m data_pipeline.encode SRC {path.parent}"
+        read = functools.partial(_read_file, path)
     try:
-        size = path.stat().st_size
-        if size > MAX_MANIFEST_BYTES:
-            raise ValueError(
-                f"{path} has {size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}; is it another file?"
-            )
-        content = json.loads(path.read_bytes())
+        return parse(json.loads(read()))
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} not found; make the dataset with: python -m data_pipeline.encode SRC {path.parent}"
-        ) from None
+        raise ValueError(f"{path} not found; {remedy}") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); was it copied completely?") from None
-    try:
-        return parse(content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def _read_file(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"it has {size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}; is it another file?")
+    return path.read_bytes()
 
 
 def parse(content) -> Manifest:

@@ -2,6 +2,7 @@
 
 import http.server
 import multiprocessing
+import sys
 import threading
 import time
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import fetch, order, wds
+from data_pipeline import fetch, manifest, order, remote, wds
 from tests.shards import SHARDS, make_dataset
 
 N = sum(SHARDS)
@@ -169,6 +170,7 @@ def test_other_file_systems_go_through_fsspec(dataset, tmp_path):
     memory = fsspec.filesystem("memory")
     for path in dataset[0].iterdir():
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
+    assert manifest.load("memory://bucket") == manifest.load(dataset[0])
     with wds.open_source("memory://bucket", 3, 1, cache=quick(tmp_path)) as source:
         assert torch.equal(source.batch(np.arange(2 * N)).stored, dataset[1].stored)
     memory.rm("/bucket/shard-000001.tar")
@@ -179,11 +181,49 @@ def test_other_file_systems_go_through_fsspec(dataset, tmp_path):
         source.batch(np.arange(2 * N))
 
 
+@pytest.mark.parametrize("kind", [503, "cut", "cut without length", "stalled"])
+def test_a_manifest_is_read_from_a_url(dataset, server, monkeypatch, kind):
+    """What the login node does: no cache, bounded time, no torch (test_layout.py)."""
+    monkeypatch.setattr(remote.load, "__defaults__", (0.3, 3))
+    expected = manifest.load(dataset[0])
+    server.trouble["manifest.json"] = lambda n: kind if n == 1 and kind != "cut without length" else None
+    assert manifest.load(server.url) == manifest.load(server.url + "/manifest.json") == expected
+    server.trouble["manifest.json"] = lambda n: kind
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="manifest.json") as error:
+        manifest.load(server.url)
+    assert "\n" not in str(error.value) and time.monotonic() - start < 4
+
+
+def test_a_manifest_that_is_not_there_names_the_remedy(server):
+    for url, words in (
+        (server.url + "/nothing", "nothing/manifest.json not found; upload"),
+        ("http://127.0.0.1:1", "cannot be read in 3 attempts"),
+        ("nothing://x", "nothing:// is unknown"),
+    ):
+        if words.startswith("nothing://"):
+            pytest.importorskip("fsspec")
+        with pytest.raises(ValueError, match=words) as error:
+            manifest.load(url)
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_library_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    for opening in (
+        lambda: manifest.load("s3://b/d"),
+        lambda: wds.open_source("s3://b/d", 0, 1, cache=quick(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"s3://b/d/manifest.json.*pip install '\.\[remote\]'") as error:
+            opening()
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.extras
 def test_a_stalled_file_system_is_given_up(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
-    monkeypatch.setattr(fsspec, "open", lambda *_, **__: time.sleep(5))
-    cache = fetch.Cache("stalled://x", **quick(tmp_path, attempts=2))
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda *_, **__: time.sleep(5))
+    cache = fetch.Cache("memory://x", **quick(tmp_path, attempts=2))
     start = time.monotonic()
     with pytest.raises(ValueError, match="no byte for 0.3 s"):
         cache.load_manifest()
