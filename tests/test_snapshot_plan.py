@@ -56,10 +56,11 @@ def test_what_a_running_run_may_lose_it_does_not_miss_at_its_end():
         found = ema_profiles.predicted_error(t[indices], np.array(gammas)[indices], clock, targets)
         assert found.max() <= 0.01 and (found <= errors + 1e-12).all()
     assert len(kept) < here.sum()
-    # what suffices now does not suffice at the end when little more is to come
-    now, _ = snapshot_plan.needed(t[here], s[here], [0.2], 0.005)
-    until, _ = snapshot_plan.needed_until_end(t[here], s[here], [0.2], 0.005, [(32, 0.05), (32, 0.1)])
-    assert set(now) < set(until)
+    # from now on only the short length is tracked: the wider one is carried now, and cannot be at the end
+    coming = [(clock, 0.05) for clock in range(25, 29)]
+    assert snapshot_plan.needed(t[here], s[here], [0.12], 0.05)[1].max() <= 0.05
+    with pytest.raises(ValueError, match="raise --max-error"):
+        snapshot_plan.needed_until_end(t[here], s[here], [0.12], 0.05, coming)
 
 
 def test_thinning_says_first_and_keeps_what_it_promised(tmp_path, capsys):

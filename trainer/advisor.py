@@ -180,7 +180,10 @@ def _deletable(run: Path, usable: Sequence, lengths: Sequence[float], error: flo
     wanted = [s for s, e in zip(lengths, predicted_error(clocks, gammas, clocks[-1], targets)) if e <= error]
     if not wanted:
         return [f"deletable: none; no length is carried to within {100 * error:g} % (--keep-error) by all snapshots"]
-    kept, errors = snapshot_plan.needed_until_end(clocks, tracked, wanted, error, to_come(run, clocks[-1]))
+    try:
+        kept, errors = snapshot_plan.needed_until_end(clocks, tracked, wanted, error, to_come(run, clocks[-1]))
+    except ValueError as reason:  # with the snapshots to come, even all of them would not do at the end
+        return [f"deletable: none; at the end of the run {reason}"]
     gone = [s.path for i, s in enumerate(usable) if i not in set(kept)]
     size = sum(p.stat().st_size for p in gone) / 2**20
     listed = ",".join(f"{s:g}" for s in wanted)
