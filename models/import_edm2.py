@@ -182,7 +182,7 @@ def read_pickle(path) -> tuple[dict, dict[str, Tensor]]:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         # besides our own refusals: fields of the wrong type, in a file made by hand
         raise ValueError(f"{path}: {error}; nothing in it was executed") from None
-    clock, sigma_rel = _from_name(path.name)
+    clock, sigma_rel = from_name(path.name)
     header = {
         "format_version": FORMAT_VERSION,
         "kind": "import",
@@ -224,7 +224,7 @@ def _data(encoder, model: dict) -> dict:
     }
 
 
-def _from_name(name: str) -> tuple[int, float]:
+def from_name(name: str) -> tuple[int, float]:
     """Return clock and EMA length from "...-<kimg>-<std>.pkl" (the clock is a multiple of 1,024), zeros for other names."""
     match = re.search(r"-(\d{7})-(\d\.\d+)(?:\.[a-z]+)*\.pkl$", name)
     if not match:

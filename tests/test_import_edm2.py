@@ -279,4 +279,4 @@ def test_export_refuses_other_files(tmp_path, capsys):
     ],
 )
 def test_clock_and_length_come_from_the_name(name, clock, sigma_rel):
-    assert import_edm2._from_name(name) == (clock, sigma_rel)
+    assert import_edm2.from_name(name) == (clock, sigma_rel)

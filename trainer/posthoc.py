@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from data_pipeline.progress import Progress
-from trainer import ema_profiles, tensor_file
+from trainer import ema_profiles, published, tensor_file
 from trainer.config import parse_size
 from trainer.snapshots import Snapshot, abandoned, list_snapshots
 
@@ -230,7 +230,7 @@ def output_paths(out: Path, clock: int, sigma_rel: Sequence[float]) -> list[Path
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer.posthoc", description=main.__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=Path, help="run directory, or a folder of published EDM2 snapshots (.pkl)")
     parser.add_argument("--sigma-rel", help="EMA length or lengths: 0.13, 0.05,0.13 or 0.02:0.20:0.01 (end included)")
     parser.add_argument("--at", help="clock in images, such as 1280Mi (default: the last snapshot)")
     parser.add_argument("--out", type=Path, help="a file for one length, a folder for several")
@@ -278,6 +278,8 @@ def main(argv=None) -> int:
 
             print("\n".join(advisor.advise(options.run, options)))
             return 0
+        for line in published.adopt(options.run):
+            print(line)
         at = None if options.at is None else int(parse_size(options.at))
         made = plan(list_snapshots(options.run), ema_profiles.parse_range(options.sigma_rel), at)
         last = made.inputs[-1].clock
