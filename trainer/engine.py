@@ -19,9 +19,10 @@ from models.magnitude import normalize_rows_
 from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
 from trainer.optimizer import Fragment, MagnitudeAdam, row_length, whole_fragments
+from trainer.peers import meet
 
-# how long a collective waits for a rank that is gone before it raises
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# how long ranks wait at the start for the last of them, and a collective for one that neither comes nor dies
+MEETING_SECONDS, COLLECTIVE_SECONDS = 600.0, 600.0
 
 
 def on_gpu() -> bool:
@@ -29,7 +30,9 @@ def on_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def start_process_group() -> tuple[int, int]:
+def start_process_group(
+    meeting_seconds: float = MEETING_SECONDS, collective_seconds: float = COLLECTIVE_SECONDS
+) -> tuple[int, int]:
     """Join the process group that the environment describes (a group of one without it) and return (rank, world)."""
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
@@ -49,7 +52,10 @@ def start_process_group() -> tuple[int, int]:
     if on_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if on_gpu() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    store, rank, world = meet(meeting_seconds)
+    timeout = timedelta(seconds=collective_seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)  # adopts the group
     return dist.get_rank(), dist.get_world_size()
 
 

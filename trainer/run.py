@@ -5,6 +5,7 @@ order, because each of these is collective.
 """
 
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,15 +13,16 @@ import torch.distributed as dist
 from trainer import checkpoint, flops, provenance
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import Config, digest, to_dict
-from trainer.engine import Engine, build_denoiser, device, start_process_group
+from trainer.engine import COLLECTIVE_SECONDS, MEETING_SECONDS, Engine, build_denoiser, device, start_process_group
 from trainer.examples import Examples
 from trainer.loss import denoising_loss
 from trainer.meter import Meter
 from trainer.metrics import Metrics
+from trainer.peers import FOREVER, Peers
 from trainer.snapshot_writer import SnapshotWriter
 from trainer.state import RunState
 from trainer.stop import Stop
-from trainer.watchdog import Watchdog
+from trainer.watchdog import PATIENCE_FACTOR, Watchdog
 
 
 class Run:
@@ -28,7 +30,11 @@ class Run:
 
     def __init__(self, config: Config, folder: Path, stop: Stop):
         self.config, self.folder, self.stop = config, folder, stop
-        self.rank, self.world = start_process_group()
+        hang = config.engine.hang_seconds or MEETING_SECONDS
+        # the watchdog speaks first: a collective's own timeout names nobody
+        self.rank, self.world = start_process_group(
+            hang, patience := max(COLLECTIVE_SECONDS, 2 * PATIENCE_FACTOR * hang)
+        )
         self.state = RunState(folder, self.rank, config.duration_images)
         shared = [self.state.values]
         dist.broadcast_object_list(
@@ -36,6 +42,8 @@ class Run:
         )  # rank 0 may have written before another rank read: one attempt, one last checkpoint
         self.state.values = shared[0]
         self.state.write()
+        self.watchdog = Watchdog(folder, self.rank, self.world, self.state.attempt, config.engine.hang_seconds)
+        self.peers = Peers(folder, self.rank, self.world, self.state.attempt, self._group(FOREVER))
         self.say(f"attempt {self.state.attempt} of {folder} on {self.world} ranks, {device()}")
         self.examples = Examples(config, device())
         self.engine = Engine(config, build_denoiser(config))
@@ -47,10 +55,12 @@ class Run:
         self.resumed_at = self.clock
         self.state.values["last_checkpoint"] = self.clock  # a newer one may have been damaged
         # one group for each thread that talks: votes, snapshots, checkpoints
-        votes, snapshots, checkpoints = (dist.new_group(backend="gloo") if self.world > 1 else None for _ in range(3))
+        votes, snapshots, checkpoints = (self._group(timedelta(seconds=patience)) for _ in range(3))
         stop.vote_in(votes)
         commit = provenance.commit()
-        self.snapshots = SnapshotWriter(folder, self._snapshot_header(commit), self.rank, self.world, snapshots)
+        self.snapshots = SnapshotWriter(
+            folder, self._snapshot_header(commit), self.rank, self.world, snapshots, patience
+        )
         c = config.checkpoints
         self.checkpoints = CheckpointWriter(
             folder, self.engine, checkpoints, self.snapshots, c.keep_last, c.keep_every_images
@@ -60,8 +70,10 @@ class Run:
         self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
         per_image = flops.count(to_dict(config)["model"]).training_flops_per_image
         self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, per_image)
-        self.watchdog = Watchdog(folder, self.rank, self.world, self.state.attempt, config.engine.hang_seconds)
         self.state.write(status="running", clock=self.clock)
+
+    def _group(self, timeout: timedelta):
+        return dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 
     def _snapshot_header(self, commit: str) -> dict:
         manifest, config = self.examples.manifest, self.config
@@ -104,16 +116,18 @@ class Run:
     def ended(self) -> bool:
         return self.clock >= self.config.duration_images
 
-    def phase(self, name: str):
+    def phase(self, name: str, remark: str = ""):
         """Enter a part of the step: its time is measured, and the watchdog hears of it."""
-        self.watchdog.alive(name)
+        self.watchdog.alive(name + remark)
         return self.meter.phase(name)
 
     def forward_backward(self, positions, upcoming) -> None:
         """Accumulate the gradient of one micro-batch; the one after it is read meanwhile."""
         with self.phase("data"):
             e = self.examples.at(positions, upcoming)
-        with self.phase("forward"):
+        collect = self.meter.wants_magnitudes()
+        remark = " with magnitudes" if collect else ""  # another graph: it is compiled on its own
+        with self.phase("forward", remark):
             losses, parts = denoising_loss(
                 self.engine.denoiser,
                 e.latents,
@@ -125,9 +139,9 @@ class Run:
                 label_dropout=self.config.loss.label_dropout,
                 label_uniform=e.label_uniform,
                 dropout_mask=self.examples.dropout_mask(e.positions),
-                collect=self.meter.wants_magnitudes(),
+                collect=collect,
             )
-        with self.phase("backward"):
+        with self.phase("backward", remark):
             self.engine.backward(losses.sum())
         self.meter.losses(e.positions, losses, parts)
 
@@ -142,6 +156,7 @@ class Run:
             self.snapshots.submit(self.clock, sigma_rel, pieces, self.engine.buffers())
         self.metrics.set("evenkeel_snapshot_stall_seconds", time.perf_counter() - started)
         self.metrics.set("evenkeel_snapshots_written_total", self.snapshots.written)
+        self.watchdog.alive("vote")
 
     def save(self) -> None:
         """Begin a checkpoint; the loop waits for the copy to host memory only. A full disk is reported, not fatal."""
@@ -155,6 +170,7 @@ class Run:
             self.say(f"warning: {error}")
             self.checkpoints.save(self.clock, self.state.attempt, extras)
         self.metrics.set("evenkeel_checkpoint_stall_seconds", time.perf_counter() - started)
+        self.watchdog.alive("vote")
 
     def _extras(self) -> dict:
         """Return what truly is state besides the tensors: bad steps so far, the union of the ranks' quarantine; collective."""
@@ -169,14 +185,16 @@ class Run:
 
     def note_progress(self) -> None:
         """Tell others the clock and what is durable."""
+        self.watchdog.alive("state")
         durable = max(self.checkpoints.durable, self.state.values["last_checkpoint"])
         self.metrics.set("evenkeel_checkpoint_clock_images", durable)
         self.state.write(clock=self.clock, last_checkpoint=durable)
+        self.watchdog.alive("vote")
 
     def end(self, status: int) -> None:
         """Save, tell, and leave together: no rank goes before all are done saving."""
         self.meter.check_finite()
-        self.watchdog.close()  # a last save may wait for a full disk longer than any step
+        self.watchdog.alive("last save")
         try:
             self.checkpoints.wait()
         except OSError as error:
@@ -191,4 +209,6 @@ class Run:
         self.state.write(status="finished" if self.ended() else "stopped")
         self.say("finished" if self.ended() else f"stopped at {self.clock} images, exit status {status}")
         self.metrics.close()
+        self.watchdog.close()
+        self.peers.close()
         self.engine.close()

@@ -32,6 +32,11 @@ class Stop:
         """Ask for a stop with this exit status."""
         self.requested = max(self.requested, status)
 
+    def settle(self) -> None:
+        """Ignore further signals: the exit status stands, and the interpreter's end would answer them with death."""
+        for number in STATUS:
+            signal.signal(number, signal.SIG_IGN)
+
     def vote_in(self, group) -> None:
         """Vote in this process group of CPU tensors (None: a single process)."""
         self._group = group

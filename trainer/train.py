@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
     except (ValueError, FloatingPointError) as error:  # a damaged sample, a non-finite gradient: the line says it all
         return _failed(folder, error, 1)
     except Exception as error:
+        if gone := run.peers.gone():  # what a collective's own error means
+            return _failed(folder, gone, gone.status)
         traceback.print_exc()
         return _failed(folder, error, 1)
 
@@ -92,6 +94,7 @@ def _failed(folder: Path, error: Exception, status: int) -> int:
 
 if __name__ == "__main__":
     exit_status = main(stop=STOP)
+    STOP.settle()
     sys.stdout.flush()
     sys.stderr.flush()
     if exit_status not in (0, 75, 130):

@@ -1,8 +1,9 @@
 """Finds a rank that hangs, names it, and ends the job with "start me again".
 
-Each rank's thread watches the time since its own last sign of life. When it runs out, every rank writes its stacks and what it was
-doing to RUN/logs/; the one that has been silent longest, or does not answer at all, is named. The thread needs no collective: a
-hang is just what breaks those. Should the interpreter itself be stuck, faulthandler's C thread ends the process a little later.
+Each rank's thread watches the time since its own last sign of life. When one runs out it asks, every rank says what it is doing
+(RUN/logs/*.hang), and the one that does not answer, or else has been silent longest, is named. The thread needs no collective: a
+hang is just what breaks those. A rank that waits for the filesystem does not hang; it is given more time, and said so. Should
+the interpreter itself be stuck, faulthandler's C thread ends the process a little later.
 """
 
 import faulthandler
@@ -16,8 +17,15 @@ from pathlib import Path
 from trainer import state
 from trainer.stop import START_AGAIN
 
-FIRST_STEP_FACTOR = 10  # compilation, cold caches
-ANSWER_SECONDS = 3.0  # how long to wait for the other ranks' word on who hangs
+PATIENCE_FACTOR = 10  # more time for what is done for the first time (compilation, cold caches) and for the filesystem
+ANSWER_SECONDS = 3.0  # how long to wait for the other ranks' word on who hangs, beyond the time in which they look
+LONGEST_POLL_SECONDS = 5.0
+FILESYSTEM = ("checkpoint", "snapshot", "state", "last save")
+
+
+def request(run: Path, attempt: int) -> Path:
+    """Return the file by which a rank asks all others what they are doing."""
+    return run / "logs" / f"{attempt:04d}.hang"
 
 
 class Watchdog:
@@ -25,7 +33,11 @@ class Watchdog:
 
     def __init__(self, run: Path, rank: int, world: int, attempt: int, limit_seconds: float):
         self.run, self.rank, self.world, self.attempt, self.limit = run, rank, world, attempt, limit_seconds
-        self.doing, self.since, self.steps = "starting", time.time(), 0
+        self.doing, self.since = "starting", time.time()
+        self._done: set[str] = set()  # what this start has done once already
+        self._steps = 0
+        self._asked_at = 0.0
+        self._request = request(run, attempt)
         self._ended = threading.Event()
         if limit_seconds:
             (run / "logs").mkdir(exist_ok=True)
@@ -35,9 +47,9 @@ class Watchdog:
 
     def alive(self, doing: str) -> None:
         """Say what begins now."""
+        self._steps += doing == "optimizer"
+        self._done.add(self.doing)
         self.doing, self.since = doing, time.time()
-        if doing == "optimizer":
-            self.steps += 1
 
     def close(self) -> None:
         """End the watch; without stacks to show, leave no file."""
@@ -46,39 +58,70 @@ class Watchdog:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
-            self._file(self.rank, "stacks").unlink(missing_ok=True)
+            for kind in ("stacks", "hang"):
+                self._file(self.rank, kind).unlink(missing_ok=True)
 
     def _file(self, rank: int, kind: str) -> Path:
         return self.run / "logs" / f"{self.attempt:04d}_rank{rank}.{kind}"
 
-    def _watch(self) -> None:
-        poll = min(1.0, self.limit / 4)
-        while not self._ended.wait(poll):
-            limit = self.limit * (FIRST_STEP_FACTOR if self.steps < 2 else 1)
-            faulthandler.dump_traceback_later(2 * limit + 30, exit=True, file=self._stacks)
-            if time.time() - self.since > limit:
-                self._bark(limit)
+    def _allowed(self) -> float:
+        # the second step may compile again; so does the first forward that collects magnitudes, under a name of its own
+        slow = self.doing in FILESYSTEM or self.doing not in self._done or self._steps < 2
+        return self.limit * (PATIENCE_FACTOR if slow else 1)
 
-    def _bark(self, limit: float) -> None:
+    def _watch(self) -> None:
+        poll = min(LONGEST_POLL_SECONDS, self.limit / 4)
+        while not self._ended.wait(poll):
+            faulthandler.dump_traceback_later(2 * PATIENCE_FACTOR * self.limit + 30, exit=True, file=self._stacks)
+            if question := self._question():
+                self._answer(question)
+            late = time.time() - max(self.since, self._asked_at)
+            if late > self._allowed() or (self.doing in FILESYSTEM and late > self.limit):
+                self._ask(2 * poll + ANSWER_SECONDS)
+
+    def _question(self) -> str:
+        try:
+            return self._request.read_text()
+        except OSError:  # nobody asks
+            return ""
+
+    def _answer(self, question: str) -> None:
+        word = {"to": question, "doing": self.doing, "since": self.since, "until": self.since + self._allowed()}
+        beside = self._file(self.rank, "hang.writing")
+        beside.write_text(json.dumps(word))
+        os.replace(beside, self._file(self.rank, "hang"))
+
+    def _ask(self, wait_seconds: float) -> None:
+        """Find out which rank all wait for; end the process unless that one is only slow."""
+        self._asked_at, since = time.time(), self.since
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         self._stacks.flush()
-        self._file(self.rank, "hang").write_text(json.dumps({"doing": self.doing, "since": self.since}))
-        time.sleep(ANSWER_SECONDS + limit / 4)
-        known = {}
-        for rank in range(self.world):
-            try:
-                known[rank] = json.loads(self._file(rank, "hang").read_text())
-            except (OSError, ValueError):  # it never got to say: the likeliest culprit
-                known[rank] = None
-        silent = [rank for rank, word in known.items() if word is None]
-        guilty = silent or [min(known, key=lambda rank: known[rank]["since"])]
+        question = self._question() or f"rank {self.rank} at {self._asked_at}"
+        state.write_atomically(self._request, question.encode())
+        self._answer(question)
+        time.sleep(wait_seconds)
+        known = {rank: self._word(rank, question) for rank in range(self.world)}
         words = ", ".join(f"rank {r}: {w['doing'] if w else 'no answer'}" for r, w in known.items())
-        if time.time() - self.since < limit:  # it was only slow: the loop has got on meanwhile
-            self._file(self.rank, "hang").unlink(missing_ok=True)
-            return
+        silent = [rank for rank, word in known.items() if word is None]
+        guilty = silent[0] if silent else min(known, key=lambda rank: known[rank]["since"])
+        word, seconds = known[guilty], time.time() - since
+        waits = word is not None and word["doing"] in FILESYSTEM
+        what = f"waits for the filesystem ({word['doing']})" if waits else "hangs"
         text = (
-            f"no step for {limit:.0f} s; rank {guilty[0]} hangs ({words}); stacks in {self._file(self.rank, 'stacks')}"
+            f"no step for {seconds:.0f} s; rank {guilty} {what} ({words}); stacks in {self._file(self.rank, 'stacks')}"
         )
+        if self.since != since or (word and time.time() < word["until"]):  # it was, or is, only slow
+            if self.since == since and waits:
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+            self._request.unlink(missing_ok=True)
+            return
         print(f"error: {text}", file=sys.stderr, flush=True)
         state.fail(self.run, TimeoutError(text))
         os._exit(START_AGAIN)
+
+    def _word(self, rank: int, question: str) -> dict | None:
+        try:
+            word = json.loads(self._file(rank, "hang").read_text())
+        except (OSError, ValueError):  # it never got to say: the likeliest culprit
+            return None
+        return word if word["to"] == question else None  # an answer to an earlier question says nothing of now

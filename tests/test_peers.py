@@ -1,0 +1,89 @@
+"""A rank that dies takes the others down at once, with one line; a signal at any time leads all to one status."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.gloo import on_ranks
+from tests.test_resume import data, start, wait_for_clock  # noqa: F401 - data is a fixture
+
+
+def farewells(folder: str) -> bool:
+    from datetime import timedelta
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from trainer.peers import Peers
+
+    dist.init_process_group("gloo", timeout=timedelta(hours=1))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    peers = Peers(Path(folder), rank, world, 1, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
+    time.sleep(rank)
+    peers.close()
+    return peers.gone() is None
+
+
+def test_farewells_are_no_deaths(tmp_path):
+    assert on_ranks(3, farewells, str(tmp_path)) == [True] * 3
+
+
+def test_a_missing_rank_is_an_error_in_time(monkeypatch):
+    from trainer import peers
+
+    with pytest.raises(TimeoutError, match="not all 2 ranks came within 1 s"):
+        import socket
+
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(key, value)
+        peers.meet(1.0)
+
+
+@pytest.mark.slow
+def test_killing_one_rank_ends_the_other_soon_and_says_why(data, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    ranks = start(run, data)
+    wait_for_clock(run, 128, ranks)
+    ranks.processes[1].kill()
+    killed = time.monotonic()
+    assert ranks.processes[0].wait(30) == 1, ranks.output()
+    assert time.monotonic() - killed < 10
+    ranks.kill()
+    assert "error: rank 1 is gone" in ranks.output() and "Traceback" not in ranks.output()
+    assert "rank 1 is gone" in json.loads((run / "state.json").read_text())["last_error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "when, numbers, status",
+    [
+        ("starting", [signal.SIGTERM], 75),
+        ("saving", [signal.SIGUSR2], 75),
+        ("running", [signal.SIGTERM, signal.SIGINT], 130),
+        ("running", [signal.SIGTERM, signal.SIGTERM], 75),
+    ],
+)
+def test_signals_at_any_time_lead_to_one_status(data, tmp_path, when, numbers, status):  # noqa: F811
+    run = tmp_path / "run"
+    ranks = start(run, data)
+    deadline = time.monotonic() + 60
+    if when == "starting":  # Python's own start is over: its handlers stand
+        while "attempt" not in ranks.output():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    else:
+        wait_for_clock(run, 128, ranks)
+    if when == "saving":
+        while not list((run / "checkpoints").glob("*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    for number in numbers:
+        ranks.processes[1].send_signal(number)
+    assert ranks.wait() == [status, status], ranks.output()
+    state = json.loads((run / "state.json").read_text())
+    assert state["status"] == "stopped" and state["clock"] == state["last_checkpoint"]

@@ -1,0 +1,90 @@
+"""The other ranks: waits for all of them at the start, and notices at once when one is gone.
+
+A collective on a GPU waits for a dead rank until its timeout, and one on a CPU raises whatever its library says. Here each rank
+listens, in a thread and over sockets of its own, to the next one: a process that dies closes its sockets, whatever killed it. A
+machine that loses its power closes nothing: that is the watchdog's case (trainer/watchdog.py).
+"""
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer import state, watchdog
+from trainer.stop import START_AGAIN
+
+FOREVER = timedelta(days=365)
+GRACE_SECONDS = (
+    3.0  # for the training thread to end by itself: it may be about to fail for the same reason as the other rank
+)
+TELLING_SECONDS = 0.5  # how much earlier than this thread a collective may hear that a rank is gone
+
+
+def meet(seconds: float) -> tuple[dist.Store, int, int]:
+    """Return (store, rank, world) as the environment describes them, when all ranks are there.
+
+    Raises TimeoutError where one has not come within `seconds`.
+    """
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        if world > 1:
+            store.set(f"evenkeel/here/{rank}", "")
+            store.wait([f"evenkeel/here/{r}" for r in range(world)], timedelta(seconds=seconds))
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise TimeoutError(
+            f"not all {os.environ.get('WORLD_SIZE')} ranks came within {seconds:.0f} s (engine.hang_seconds); "
+            f"the log of the one that is missing says why ({reason})"
+        ) from None
+    return store, rank, world
+
+
+class RankGone(ConnectionError):
+    """Another rank is gone; `status` is the exit status that follows from it."""
+
+    def __init__(self, text: str, status: int):
+        super().__init__(text)
+        self.status = status
+
+
+class Peers:
+    """End this rank soon after the next one is gone; `group` is a gloo group for this alone (None: a single process)."""
+
+    def __init__(self, run: Path, rank: int, world: int, attempt: int, group):
+        self.run, self.rank, self.world, self.attempt, self.group = run, rank, world, attempt, group
+        self._gone: RankGone | None = None
+        self._known = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
+        if group is not None:
+            self._thread.start()
+
+    def gone(self) -> RankGone | None:
+        """Return who is gone, if somebody is: what an error of a collective means."""
+        if self.group is not None:
+            self._known.wait(TELLING_SECONDS)
+        return self._gone
+
+    def close(self) -> None:
+        """Say farewell; return when the next rank has done so too."""
+        if self.group is not None:
+            dist.isend(torch.ones(1), group=self.group, group_dst=(self.rank - 1) % self.world).wait()
+            self._thread.join()
+
+    def _listen(self) -> None:
+        other = (self.rank + 1) % self.world
+        try:
+            dist.irecv(torch.zeros(1), group=self.group, group_src=other).wait()
+        except RuntimeError:  # the other end of the socket is closed, and no farewell came
+            hang = watchdog.request(self.run, self.attempt).exists()
+            text = f"rank {other} is gone; this start ends, the last checkpoint stands"
+            self._gone = RankGone(text, START_AGAIN if hang else 1)
+            self._known.set()
+            time.sleep(GRACE_SECONDS)
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            state.fail(self.run, self._gone)
+            os._exit(self._gone.status)
