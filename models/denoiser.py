@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.ddpm_unet import DDPMUNet
 from models.edm2 import UNet, magnitude
 from models.magnitude import MPConv, MPFourier
+from models.preconditioning import PREDICTIONS, coefficients
 from models.unode import UNode
 from models.unode_paper import PaperUNode
 
@@ -20,7 +21,8 @@ ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 class Denoiser(nn.Module):
     """Precondition `unet` (of any family) so that its input and its target have unit variance at every noise level.
 
-    c_skip = sd^2 / (s^2 + sd^2), c_out = s sd / sqrt(s^2 + sd^2), c_in = 1 / sqrt(s^2 + sd^2), c_noise = ln(s) / 4.
+    c_skip = sd^2 / (s^2 + sd^2), c_out = s sd / sqrt(s^2 + sd^2), c_in = 1 / sqrt(s^2 + sd^2), c_noise = ln(s) / 4;
+    `model.prediction` chooses another meaning of the network's output (models/preconditioning.py).
     """
 
     def __init__(self, unet: nn.Module, model: dict, activations: str = "fp32"):
@@ -28,6 +30,7 @@ class Denoiser(nn.Module):
         self.model = dict(model)
         self.resolution, self.channels, self.label_dim = model["resolution"], model["channels"], model["label_dim"]
         self.sigma_data = float(model.get("sigma_data", 0.5))
+        self.prediction = model.get("prediction", "edm")
         self.activations = ACTIVATIONS[activations]
         self.unet = unet
         logvar_channels = model.get("logvar_channels", 128)
@@ -53,9 +56,7 @@ class Denoiser(nn.Module):
         """
         x = x.to(torch.float32)
         sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
-        variance = sigma**2 + self.sigma_data**2
-        c_skip, c_in = self.sigma_data**2 / variance, variance.rsqrt()
-        c_out = sigma * self.sigma_data * c_in
+        c_skip, c_out, c_in = coefficients(self.prediction, sigma, self.sigma_data)
         c_noise = sigma.flatten().log() / 4
 
         # channels_last is what tensor cores and oneDNN compute in, and makes a pixel's channels contiguous
@@ -84,7 +85,7 @@ _COMMON = (
     *("model_channels", "num_blocks", "channels_per_head", "channel_mult_noise", "channel_mult_emb", "label_balance"),
     *("concat_balance", "attn_balance", "clip_act", "dropout"),
 )
-_DENOISER = ("family", "resolution", "channels", "label_dim", "logvar_channels", "sigma_data", "ode")
+_DENOISER = ("family", "resolution", "channels", "label_dim", "logvar_channels", "sigma_data", "ode", "prediction")
 _ODE = {"mode": "mp", "solver": "split", "steps": 2, "adjoint": False, "rtol": 1e-3, "atol": 1e-3}
 _ODE |= {"omega": 1.5708, "strength": 1.0, "norm": "group"}
 
@@ -109,6 +110,8 @@ def build(model: dict, activations: str = "fp32", activation_checkpointing: bool
         raise ValueError(f"model.family {family!r}: known families are edm2, unode, ddpm_unet; correct model.family")
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations {activations!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if model.get("prediction", "edm") not in PREDICTIONS:
+        raise ValueError(f"model.prediction {model['prediction']!r}: choose one of {', '.join(PREDICTIONS)}")
     unknown = sorted(set(model) - {*NETWORKS["edm2"][1], *_DENOISER})
     if unknown:
         raise ValueError(f"model.{unknown[0]}: no such key for the family {family}; remove it")

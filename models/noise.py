@@ -1,101 +1,33 @@
-"""Densities over logSNR from which training draws its noise levels, and the way from logSNR to sigma.
+"""From the config group `noise` to a density over logSNR, and from logSNR to sigma.
 
-logsnr = 2 ln(sigma_data / sigma): at logsnr 0 noise and data have the same standard deviation. A density is not a
-sampling grid (those are in sampler.py). Everything is float64. What a maintainer must not break: tails are exact,
-because quantiles beyond the median are taken from the survival function, never from 1 - cdf.
+logsnr = 2 ln(sigma_data / sigma): at logsnr 0 noise and data have the same standard deviation. Papers that assume data of
+variance 1 speak of -2 ln sigma; `noise.sigma_unit` says what the configured density measures sigma in, `sigma_data` or `one`,
+which differ by a shift of 2 ln sigma_data. A density is not a sampling grid (those are in sampler.py). What a maintainer must not
+break: everything is float64, and a level is a function of (density, uniform) alone.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A density that is symmetric about 0, in its standard form: pdf, cdf, and icdf, which is asked for p <= 1/2 only."""
-
-    pdf: Callable[[Tensor], Tensor]
-    cdf: Callable[[Tensor], Tensor]
-    icdf: Callable[[Tensor], Tensor]
-
-
-NORMAL = Shape(
-    pdf=lambda z: torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi),
-    cdf=lambda z: torch.special.erfc(z / -math.sqrt(2)) / 2,  # torch's ndtr is 0 below -8.3
-    icdf=torch.special.ndtri,
+from models import sampler
+from models.densities import (
+    CAUCHY,
+    COSINE,
+    LAPLACE,
+    LOGISTIC,
+    NORMAL,
+    Density,
+    Discrete,
+    Mixture,
+    Polynomial,
+    Symmetric,
 )
-LAPLACE = Shape(  # exp(-|z|) / 2
-    pdf=lambda z: torch.exp(-z.abs()) / 2,
-    cdf=lambda z: torch.where(z < 0, torch.exp(-z.abs()) / 2, 1 - torch.exp(-z.abs()) / 2),
-    icdf=lambda p: torch.log(2 * p),
-)
-COSINE = Shape(  # sech(z/2) / (2 pi); written with exp(-|z|/2) so that nothing overflows
-    pdf=lambda z: torch.exp(-z.abs() / 2) / (math.pi * (1 + torch.exp(-z.abs()))),
-    cdf=lambda z: torch.atan(torch.exp(z / 2)) * (2 / math.pi),
-    icdf=lambda p: 2 * torch.log(torch.tan(p * (math.pi / 2))),
-)
+from models.densities import Uniform as Uniform
 
-
-class Density:
-    """A symmetric density over logSNR moved to `location`, stretched by `scale`, cut to [low, high] and renormalised."""
-
-    def __init__(
-        self,
-        shape: Shape,
-        location: float,
-        scale: float,
-        sigma_data: float,
-        low: float = -math.inf,
-        high: float = math.inf,
-    ):
-        if not scale > 0:
-            raise ValueError(f"noise density of scale {scale}: a scale above 0 is needed; correct the noise group")
-        self.shape, self.location, self.scale, self.sigma_data = shape, location, scale, sigma_data
-        self.low, self.high = low, high
-        ends = torch.tensor([low, high], dtype=torch.float64)
-        below, above = shape.cdf(self._standard(ends)), shape.cdf(-self._standard(ends))
-        self.below, self.above = below.tolist(), above.tolist()  # mass below and above each end
-        # The difference is taken on the side of the smaller masses, where it is exact.
-        self.mass = (above[0] - above[1] if below[0] > 0.5 else below[1] - below[0]).item()
-        if not self.mass > 0:
-            raise ValueError(
-                f"noise density has no mass for logSNR in [{low:.4g}, {high:.4g}]: widen sigma_min and sigma_max"
-            )
-
-    def _standard(self, logsnr: Tensor) -> Tensor:
-        return (torch.as_tensor(logsnr, dtype=torch.float64) - self.location) / self.scale
-
-    def pdf(self, logsnr: Tensor) -> Tensor:
-        """Return the density at `logsnr`, 0 outside the range."""
-        logsnr = torch.as_tensor(logsnr, dtype=torch.float64)
-        inside = (logsnr >= self.low) & (logsnr <= self.high)
-        return torch.where(inside, self.shape.pdf(self._standard(logsnr)) / (self.scale * self.mass), 0.0)
-
-    def cdf(self, logsnr: Tensor) -> Tensor:
-        """Return the probability of a logSNR of at most `logsnr`."""
-        z = self._standard(torch.as_tensor(logsnr, dtype=torch.float64).clamp(self.low, self.high))
-        from_below = (self.shape.cdf(z) - self.below[0]) / self.mass
-        from_above = 1 - (self.shape.cdf(-z) - self.above[1]) / self.mass
-        return torch.where(z < 0, from_below, from_above)
-
-    def icdf(self, probability: Tensor) -> Tensor:
-        """Return the logSNR below which lies `probability`, in [0, 1]."""
-        probability = torch.as_tensor(probability, dtype=torch.float64)
-        p = self.below[0] + probability * self.mass
-        q = self.above[1] + (1 - probability) * self.mass
-        quantile = torch.where(p <= q, self.shape.icdf(p.clamp(max=0.5)), -self.shape.icdf(q.clamp(max=0.5)))
-        return (self.location + self.scale * quantile).clamp(self.low, self.high)
-
-    def sigma_from_uniform(self, uniform: Tensor) -> Tensor:
-        """Return float64 noise levels [N] for uniforms [N] in [0, 1]; the level falls as the uniform grows.
-
-        The ends are kept a step of 2^-54 away, so that an unbounded density never yields 0 or infinity.
-        """
-        tiny = 2.0**-54
-        return sigma_from_logsnr(self.icdf(uniform.double().clamp(tiny, 1 - 2 * tiny)), self.sigma_data)
+# Karras et al. 2022, Table 1: the ramp that polynomial draws are made on where no range is given
+RAMP = (0.002, 80.0)
 
 
 def logsnr_from_sigma(sigma: Tensor, sigma_data: float) -> Tensor:
@@ -108,41 +40,70 @@ def sigma_from_logsnr(logsnr: Tensor, sigma_data: float) -> Tensor:
     return sigma_data * torch.exp(-torch.as_tensor(logsnr, dtype=torch.float64) / 2)
 
 
-def _lognormal(noise: dict, sigma_data: float) -> tuple[Shape, float, float]:
+def sigma_from_uniform(density: Density, uniform: Tensor, sigma_data: float) -> Tensor:
+    """Return float64 noise levels [N] for uniforms [N] in [0, 1]; the level falls as the uniform grows.
+
+    The ends are kept a step of 2^-54 away, so that an unbounded density never yields 0 or infinity.
+    """
+    tiny = 2.0**-54
+    return sigma_from_logsnr(density.icdf(uniform.double().clamp(tiny, 1 - 2 * tiny)), sigma_data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families: the shape, its centre and its scale in 2 ln(unit / sigma).
+
+_SYMMETRIC = {
     # ln sigma ~ N(P_mean, P_std^2) (arXiv 2206.00364, Table 1)
-    return NORMAL, 2 * (math.log(sigma_data) - noise["P_mean"]), 2 * noise["P_std"]
-
-
-def _laplace(noise: dict, sigma_data: float) -> tuple[Shape, float, float]:
-    # arXiv 2407.03297: mu = 0, b = 0.5 (256^2) or 0.75 (512^2), on logSNR
-    return LAPLACE, noise.get("mu", 0.0), noise.get("b", 0.5)
-
-
-def _cosine(noise: dict, sigma_data: float) -> tuple[Shape, float, float]:
-    # arXiv 2407.03297, Table 1: shift moves it, a stretch s > 1 concentrates it
-    return COSINE, noise.get("mu", 0.0), 1 / noise.get("s", 1.0)
-
-
-DENSITIES = {"lognormal": _lognormal, "laplace": _laplace, "cosine": _cosine}
+    "lognormal": lambda n: (NORMAL, 2 * (0 - n["P_mean"]), 2 * n["P_std"]),
+    # arXiv 2407.03297: mu = 0, b = 0.5 (256^2) or 0.75 (512^2)
+    "laplace": lambda n: (LAPLACE, n.get("mu", 0.0), n.get("b", 0.5)),
+    # arXiv 2407.03297, Table 1: mu moves it, s > 1 concentrates it
+    "cosine": lambda n: (COSINE, n.get("mu", 0.0), 1 / n.get("s", 1.0)),
+    "cauchy": lambda n: (CAUCHY, n.get("mu", 0.0), n.get("gamma", 0.5)),
+    # sigma = t / (1 - t) with t uniform: logsnr is logistic, sech^2(logsnr / 4) / 8
+    "flow": lambda n: (LOGISTIC, n.get("mu", 0.0), 2.0),
+    # ... with logit t ~ N(m, s^2) (arXiv 2403.03206)
+    "logit_normal": lambda n: (NORMAL, -2 * n.get("logit_mean", 0.0), 2 * n.get("logit_std", 1.0)),
+}
+DENSITIES = (*_SYMMETRIC, "polynomial", "fastddpm-uniform", "fastddpm-nonuniform")
+_ABSOLUTE = ("lognormal", "polynomial", "fastddpm-uniform", "fastddpm-nonuniform")  # speak of sigma itself
 
 
 def density(noise: dict, sigma_data: float) -> Density:
-    """Return the density that the config group `noise` describes, truncated where sigma_min or sigma_max is above 0.
+    """Return the density that the config group `noise` describes: cut where sigma_min or sigma_max is above 0, with its floor.
 
-    Raise ValueError for an unknown density, a missing parameter or an empty range.
+    Raise ValueError for an unknown density, a missing parameter or an empty range. What moves with the clock is not in it
+    (trainer/curriculum.py), nor what is learned (trainer/noise_levels.py).
     """
     name = noise.get("density", "lognormal")
     if name not in DENSITIES:
         raise ValueError(f"noise.density {name!r}: choose one of {', '.join(DENSITIES)}")
+    sigma_unit = noise.get("sigma_unit", "auto")
+    unit = 1.0 if sigma_unit == "one" or sigma_unit == "auto" and name in _ABSOLUTE else sigma_data
     try:
-        shape, location, scale = DENSITIES[name](noise, sigma_data)
+        found = _family(name, noise, sigma_data, unit)
     except KeyError as missing:
         raise ValueError(f"noise.{missing.args[0]} is missing: the density {name} needs it") from None
+    if share := noise.get("floor", 0.0):
+        ends = [2 * math.log(sigma_data / noise[f"floor_sigma_{end}"]) for end in ("max", "min")]
+        found = Mixture(found, Uniform(*ends), share)
+    return found
+
+
+def _family(name: str, noise: dict, sigma_data: float, unit: float) -> Density:
     sigma_min, sigma_max = noise.get("sigma_min") or 0, noise.get("sigma_max") or 0
-    low = 2 * math.log(sigma_data / sigma_max) if sigma_max > 0 else -math.inf
-    high = 2 * math.log(sigma_data / sigma_min) if sigma_min > 0 else math.inf
-    if low >= high:
+    if 0 < sigma_max <= sigma_min:
         raise ValueError(
             f"noise.sigma_min {sigma_min} is not below noise.sigma_max {sigma_max}: exchange or widen them"
         )
-    return Density(shape, location, scale, sigma_data, low, high)
+    if name.startswith("fastddpm-"):
+        sigma = sampler.fast_ddpm_grid(name.removeprefix("fastddpm-"))[:-1] * unit
+        return Discrete(logsnr_from_sigma(sigma, sigma_data), torch.ones(len(sigma)))
+    if name == "polynomial":
+        ends = (sigma_min or RAMP[0], sigma_max or RAMP[1])
+        ramp = Polynomial(noise.get("curve", 4.0), noise.get("rho", 7.0), *ends, sigma_data)
+        return ramp.discrete(noise["levels"]) if noise.get("levels") else ramp
+    shape, location, scale = _SYMMETRIC[name](noise)
+    low = 2 * math.log(sigma_data / sigma_max) if sigma_max > 0 else -math.inf
+    high = 2 * math.log(sigma_data / sigma_min) if sigma_min > 0 else math.inf
+    return Symmetric(shape, location + 2 * math.log(sigma_data / unit), scale, low, high)

@@ -82,6 +82,18 @@ def test_a_group_is_chosen_by_name(name):
     assert c.engine.activations == load(CONFIGS / f"{name}.yaml").engine.activations, "what the group leaves out stays"
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "noise").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_noise_file_is_cited_loads_alone_and_in_a_preset(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert "et al. 20" in " ".join(head)
+    wanted = config.read_yaml(path)
+    for preset in ("quickstart", "edm2_img64_s"):
+        noise = to_dict(load(CONFIGS / f"{preset}.yaml", [f"noise={path.stem}"]))["noise"]
+        assert {key: noise[key] for key in wanted if key not in ("curriculum", "adaptive", "learned")} == {
+            key: value for key, value in wanted.items() if key not in ("curriculum", "adaptive", "learned")
+        }
+
+
 def test_a_config_outside_the_checkout_finds_the_groups(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
@@ -116,6 +128,34 @@ WRONG = [
     (["run=${seed}"], "interpolations are not supported"),
     (["seed=[1"], "not understood"),
     (["data.path=null"], "data.path: no value"),
+    (["noise=laplase"], "did you mean noise=laplace?"),
+    (["noise.density=laplas"], "did you mean laplace?"),
+    (["noise.P_std=-1"], "noise.P_std=-1.0: must be above 0"),
+    (["noise=laplace", "noise.b=0"], "noise.b=0.0: must be above 0"),
+    (["noise.P_mean=inf"], "noise.P_mean=inf: must be finite"),
+    (["noise.mu=nan"], "noise.mu=nan: must be finite"),
+    (["noise.sigma_min=2", "noise.sigma_max=1"], "noise.sigma_max=1.0: must exceed noise.sigma_min=2.0"),
+    (["noise.density=cauchy"], "use noise=cauchy, or add noise.sigma_min=0.002 noise.sigma_max=80"),
+    (["noise=fastddpm_uniform", "noise.sigma_max=80"], "its ten levels are fixed"),
+    (["noise=fastddpm_uniform", "noise.floor=0.1"], "a discrete density (fastddpm-uniform) has no broad floor"),
+    (["noise=polynomial", "noise.sigma_unit=sigma_data"], "polynomial levels lie between sigma_min and sigma_max"),
+    (["noise.density=polynomial", "noise.sigma_min=90"], "noise.sigma_min=90: must be below sigma_max=80"),
+    (["noise=polynomial", "noise.levels=1"], "must be 0 (continuous) or at least 2"),
+    (["noise.floor=1"], "must be below 1; try 0.05"),
+    (["noise.floor=0.1", "noise.floor_sigma_min=90"], "must lie between 0 and floor_sigma_max=80.0"),
+    (["noise.curriculum.over_images=1Mi"], "nothing moves"),
+    (["noise.curriculum.to={P_mean: -1}"], "state in how many images the end is reached"),
+    (["noise.curriculum.to={b: 1}", "noise.curriculum.over_images=1Mi"], "lognormal moves P_mean, P_std"),
+    (
+        ["noise.curriculum.to={P_std: 0}", "noise.curriculum.over_images=1Mi"],
+        "noise.curriculum.to.P_std=0.0: must be above 0",
+    ),
+    (["noise.curriculum.to={P_std: wide}", "noise.curriculum.over_images=1Mi"], "'wide' is no number"),
+    (["noise.curriculum.shape=cubic"], "must be one of linear, sinusoidal, high_noise"),
+    (["loss.weighting=min_snr"], "the learned uncertainty divides every weight out; add loss.uncertainty=false"),
+    (["loss.weighting=p2", "loss.uncertainty=false", "loss.gamma=-1"], "loss.gamma=-1.0: must be above 0"),
+    (["model.prediction=eps"], "model.prediction=eps: must be one of edm, epsilon, x0, v"),
+    (["model.sigma_data=0"], "model.sigma_data=0.0: must be above 0"),
 ]
 
 

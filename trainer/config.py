@@ -17,6 +17,7 @@ import yaml
 
 from trainer.groups import Config
 from trainer.model_keys import check_model
+from trainer.noise_checks import check_noise
 from trainer.typed import build
 from trainer.typed import format_size as format_size  # the sizes are part of the config language
 from trainer.typed import parse_size as parse_size
@@ -98,10 +99,7 @@ def check(config: Config) -> None:
         raise ValueError(
             "data.on_bad=replace does not go with data.reader=stock, which can only stop; use data.reader=indexed"
         )
-    if config.noise.sigma_max and config.noise.sigma_max <= config.noise.sigma_min:
-        raise ValueError(
-            f"noise.sigma_max={config.noise.sigma_max}: must exceed noise.sigma_min={config.noise.sigma_min}"
-        )
+    check_noise(config)
 
 
 def check_batch(config: Config, world: int) -> None:

@@ -16,10 +16,10 @@ from data_pipeline.latents import whiten
 from data_pipeline.manifest import check_fits
 from data_pipeline.stock import open_stock
 from data_pipeline.wds import open_source
-from models.noise import density
 from trainer import draws
 from trainer.config import Config
 from trainer.groups import Data
+from trainer.noise_levels import NoiseLevels
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Examples:
         self.source = _open(config.data, config.seed, pin=device.type == "cuda")
         self.manifest = self.source.manifest
         check_fits(self.manifest, config.data.codec, m.channels, m.resolution, m.label_dim)
-        self.density = density(vars(config.noise), m.sigma_data)
+        self.noise_levels = NoiseLevels(config)
 
     def at(self, positions: np.ndarray, upcoming: np.ndarray | None = None) -> Example:
         """Return the micro-batch at these positions; `upcoming` are read ahead in the background."""
@@ -75,7 +75,7 @@ class Examples:
             positions=where,
             latents=latents,
             labels=batch.labels.to(self.device, non_blocking=True),
-            sigma=self.density.sigma_from_uniform(draws.sigma_uniform(self.seed, where)).float(),
+            sigma=self.noise_levels.at(batch.position).float().to(self.device, non_blocking=True),
             noise=draws.normal(self.seed, "noise", where, tuple(latents.shape[1:])),
             label_uniform=draws.uniform(self.seed, "label dropout", where) if self.label_dropout else None,
         )

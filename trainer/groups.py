@@ -56,19 +56,67 @@ class Model:
     logvar_channels: int = at_least(128, 1)
     sigma_data: float = 0.5
     ode: Ode = field(default_factory=Ode)
+    prediction: str = one_of("edm", "edm", "epsilon", "x0", "v")  # what the network's output means
+
+
+@dataclass
+class Curriculum:
+    """Parameters of the density that move with images_seen: a pure function of the clock, here of each sample's position."""
+
+    to: dict = field(default_factory=dict)  # parameter -> value at the end; {}: nothing moves
+    shape: str = one_of(
+        "linear", "linear", "sinusoidal", "high_noise"
+    )  # high_noise: rises and falls (arXiv 2404.06353)
+    over_images: int = at_least(0, 0)  # when the end is reached; the value stays from there
+
+
+@dataclass
+class Adaptive:
+    """A density that follows the progress of the loss in each bin of logSNR, mixed into the configured one."""
+
+    strength: float = at_least(0.0, 0.0)  # share of the draws that follows it; 0: off
+    every_images: int = at_least(256 * 2**10, 1)  # between updates
+
+
+@dataclass
+class LearnedSchedule:
+    """A monotone schedule learned after Conditional Variational Diffusion Models (arXiv 2312.02246), mixed in likewise."""
+
+    strength: float = at_least(0.0, 0.0)  # share of the draws that follows it; 0: off
+    every_images: int = at_least(256 * 2**10, 1)  # between updates
+    smoothness: float = at_least(2e-3, 0.0)  # weight of the squared second derivative; the paper's code: 2 x 1e-3
 
 
 @dataclass
 class Noise:
-    """The density of noise levels in training."""
+    """The density of noise levels in training; logsnr = 2 ln(unit / sigma), the unit being sigma_data or 1 (models/noise.py)."""
 
-    density: str = one_of("lognormal", "lognormal", "laplace", "cosine")
+    density: str = one_of(
+        *("lognormal", "lognormal", "laplace", "cosine", "cauchy", "flow", "logit_normal", "polynomial"),
+        *("fastddpm-uniform", "fastddpm-nonuniform"),
+    )
+    sigma_unit: str = one_of(
+        "auto", "auto", "one", "sigma_data"
+    )  # auto: one for ln sigma, polynomial and fastddpm, else sigma_data
     P_mean: float = -0.4  # of ln sigma, lognormal (EDM2: -0.4 for latents, -0.8 for ImageNet-64 pixels)
-    P_std: float = at_least(1.0, 0.0)
-    mu: float = 0.0  # of logsnr, laplace (Hang & Gu 2024)
-    b: float = 0.5
-    sigma_min: float = at_least(0.0, 0.0)  # 0: no lower bound
-    sigma_max: float = at_least(0.0, 0.0)  # 0: no upper bound
+    P_std: float = 1.0
+    mu: float = 0.0  # centre in logsnr: laplace, cosine, cauchy, flow (Hang & Gu 2024; 2 ln(64 / resolution) for a shifted cosine)
+    b: float = 0.5  # laplace (0.5 at 256^2, 0.75 at 512^2)
+    s: float = 1.0  # cosine: above 1 concentrates
+    gamma: float = 0.5  # cauchy
+    logit_mean: float = 0.0  # logit_normal, of logit t (Esser et al. 2024)
+    logit_std: float = 1.0
+    curve: float = 4.0  # polynomial: levels sigma(u^curve) on the rho ramp; larger is less noise (arXiv 2404.06353)
+    rho: float = 7.0  # polynomial
+    levels: int = at_least(0, 0)  # polynomial: that many discrete levels; 0: continuous
+    sigma_min: float = at_least(0.0, 0.0)  # 0: no lower bound (polynomial: 0.002)
+    sigma_max: float = at_least(0.0, 0.0)  # 0: no upper bound (polynomial: 80)
+    floor: float = at_least(0.0, 0.0)  # share of draws that are uniform in logsnr over the next two; 0: none
+    floor_sigma_min: float = 0.002
+    floor_sigma_max: float = 80.0
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    adaptive: Adaptive = field(default_factory=Adaptive)
+    learned: LearnedSchedule = field(default_factory=LearnedSchedule)
 
 
 @dataclass
@@ -76,6 +124,11 @@ class Loss:
     """The training objective (Karras et al. 2024, Eq. 14-21)."""
 
     uncertainty: bool = True
+    weighting: str = one_of(
+        "edm", "edm", "constant", "min_snr", "soft_min_snr", "p2"
+    )  # without uncertainty (trainer/loss.py)
+    gamma: float = 0.0  # of min_snr, soft_min_snr, p2; 0: 5, 5, 1
+    p2_k: float = 1.0
     label_dropout: float = at_least(0.0, 0.0)
 
 

@@ -1,8 +1,9 @@
 """Denoising loss with EDM2's learned uncertainty (arXiv 2312.02696, Eq. 21; weight of arXiv 2206.00364, Table 1).
 
 L = lambda(s) / e^u(s) |D(y + s n; s) - y|^2 + u(s), lambda = (s^2 + sd^2) / (s sd)^2, summed over the elements of a
-sample, so that u counts C H W times. What a maintainer must not break: it is a sum per sample, never a mean; the
-trainer divides once, by the global batch.
+sample, so that u counts C H W times. Other weightings lambda are those of the literature on variance-preserving diffusion;
+the uncertainty divides each of them out, so they are for training without it. What a maintainer must not break: it is a sum
+per sample, never a mean; the trainer divides once, by the global batch.
 """
 
 from dataclasses import dataclass
@@ -15,14 +16,44 @@ from torch import Tensor, nn
 class LossParts:
     """What the metrics want besides the loss: all detached, fp32.
 
-    `unweighted` [N] is mean |D - y|^2 per element; `weighted` [N] is lambda times that (1 where the network knows only
-    the variance of the data); `logvar` [N]; `magnitudes` by layer name where they were collected.
+    `unweighted` [N] is mean |D - y|^2 per element; `weighted` [N] is EDM's lambda times that, whatever the objective's weighting
+    (1 where the network knows only the variance of the data); `logvar` [N]; `magnitudes` by layer where they were collected.
     """
 
     unweighted: Tensor
     weighted: Tensor
     logvar: Tensor
     magnitudes: dict[str, Tensor]
+
+
+def sample_weight(
+    sigma: Tensor,
+    sigma_data: float,
+    weighting: str = "edm",
+    prediction: str = "edm",
+    gamma: float = 0.0,
+    k: float = 1.0,
+) -> Tensor:
+    """Return lambda(sigma), the weight on |D - y|^2, of the shape of `sigma`.
+
+    With SNR = (sd / sigma)^2 and x0 = y / sd of unit variance, the weights on |x0' - x0|^2 are: edm 1 + SNR; constant 1 on the
+    predicted quantity, that is SNR (epsilon), 1 (x0), 1 + SNR (v and EDM's F); min_snr min(SNR, gamma), gamma 5 (Hang et al. 2023);
+    soft_min_snr gamma SNR / (SNR + gamma), gamma 5 (4 in Crowson et al. 2024); p2 SNR / (k + SNR)^gamma, both 1 (Choi et al. 2022).
+    """
+    gamma = gamma or (1.0 if weighting == "p2" else 5.0)
+    if weighting == "constant":
+        weighting = {"epsilon": "snr", "x0": "one"}.get(prediction, "edm")
+    if weighting == "edm":
+        return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    snr = (sigma_data / sigma) ** 2
+    weight = {
+        "snr": lambda: snr,
+        "one": lambda: torch.ones_like(snr),
+        "min_snr": lambda: snr.clamp(max=gamma),
+        "soft_min_snr": lambda: gamma * snr / (snr + gamma),
+        "p2": lambda: snr / (k + snr) ** gamma,
+    }[weighting]()
+    return weight / sigma_data**2
 
 
 def drop_labels(labels: Tensor | None, uniform: Tensor | None, probability: float) -> Tensor | None:
@@ -49,6 +80,7 @@ def denoising_loss(
     *,
     sigma_data: float = 0.5,
     uncertainty: bool = True,
+    weighting: dict | None = None,
     label_dropout: float = 0.0,
     label_uniform: Tensor | None = None,
     dropout_mask=None,
@@ -56,8 +88,8 @@ def denoising_loss(
 ) -> tuple[Tensor, LossParts]:
     """Return the loss of every sample, summed over its elements, [N] in fp32, and its detached parts.
 
-    `latents` and unit `noise` are [N, C, H, W], `sigma` [N]; `label_uniform` [N] decides the label dropout and
-    `dropout_mask(layer, shape)` the network's dropout: every draw comes from the caller.
+    `latents` and unit `noise` are [N, C, H, W], `sigma` [N]; `weighting` are options of `sample_weight`; `label_uniform` [N]
+    decides the label dropout and `dropout_mask(layer, shape)` the network's dropout: every draw comes from the caller.
     """
     latents, sigma = latents.float(), sigma.to(torch.float32).reshape(-1, 1, 1, 1)
     labels = drop_labels(labels, label_uniform, label_dropout)
@@ -65,7 +97,8 @@ def denoising_loss(
     denoised, logvar, *seen = denoiser(
         noisy, sigma.flatten(), labels, return_logvar=True, collect=collect, dropout_mask=dropout_mask
     )
-    weight = ((sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2).flatten()
+    edm_weight = sample_weight(sigma.flatten(), sigma_data)
+    weight = sample_weight(sigma.flatten(), sigma_data, **weighting) if weighting else edm_weight
     logvar = logvar.flatten()
     squared = (denoised - latents).square().sum(dim=(1, 2, 3))
     num_elements = latents[0].numel()
@@ -75,5 +108,5 @@ def denoising_loss(
         # The head is kept in the graph at weight zero: ZeRO expects a gradient for every parameter.
         losses = weight * squared + 0 * logvar
     unweighted = squared.detach() / num_elements
-    parts = LossParts(unweighted, weight * unweighted, logvar.detach(), seen[0] if seen else {})
+    parts = LossParts(unweighted, edm_weight * unweighted, logvar.detach(), seen[0] if seen else {})
     return losses, parts

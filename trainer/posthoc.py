@@ -5,6 +5,7 @@ What must not break: a length or a clock that the snapshots cannot carry is refu
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from data_pipeline.progress import Progress
 from trainer import ema_profiles, published, tensor_file
 from trainer.config import parse_size
+from trainer.groups import Model
 from trainer.snapshots import Snapshot, abandoned, list_snapshots
 
 MAX_ERROR = 0.05  # relative L2 distance of profiles
@@ -94,10 +96,16 @@ def _check_one_run(snapshots: Sequence[Snapshot]) -> None:
         for key in ("run", "model", "data", "buffers"):
             if key == "run" and len(names - parents) == 1:
                 continue
-            if s.header.get(key) != first.header.get(key):
+            if _stated(s, key) != _stated(first, key):
                 raise ValueError(
                     f"{s.path.name}: its {key} is not that of {first.path.name}; two runs share this folder, separate them"
                 )
+
+
+def _stated(s: Snapshot, key: str):
+    """Return a header's entry; a model key that an older version did not write has its default."""
+    value = s.header.get(key)
+    return {**dataclasses.asdict(Model()), **value} if key == "model" and value else value
 
 
 def holes(snapshots: Sequence[Snapshot]) -> list[str]:

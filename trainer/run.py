@@ -46,6 +46,9 @@ class Run:
         self.peers = Peers(folder, self.rank, self.world, self.state.attempt, self._group(FOREVER))
         self.say(f"attempt {self.state.attempt} of {folder} on {self.world} ranks, {device()}")
         self.examples = Examples(config, device())
+        loss = config.loss
+        self.weighting = {"weighting": loss.weighting, "prediction": config.model.prediction}
+        self.weighting |= {"gamma": loss.gamma, "k": loss.p2_k}
         self.engine = Engine(config, build_denoiser(config))
         self.clock, extras = checkpoint.restore(folder, self.engine, self.say)
         self.engine.optimizer.num_nonfinite.fill_(extras.get("nonfinite_steps", 0))
@@ -92,6 +95,7 @@ class Run:
         return {
             "kind": "ema",
             "model": to_dict(config)["model"],
+            "noise": to_dict(config)["noise"],
             "data": data,
             "update_interval_images": config.global_batch,
             "run": self.folder.name,
@@ -136,6 +140,7 @@ class Run:
                 e.noise,
                 sigma_data=self.config.model.sigma_data,
                 uncertainty=self.config.loss.uncertainty,
+                weighting=self.weighting,
                 label_dropout=self.config.loss.label_dropout,
                 label_uniform=e.label_uniform,
                 dropout_mask=self.examples.dropout_mask(e.positions),
