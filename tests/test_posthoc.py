@@ -251,3 +251,13 @@ def test_a_fork_and_its_parent_are_one_trajectory_two_strangers_are_not():
     posthoc._check_one_run([snapshot("old", "", 1), snapshot("new", "old", 2)])
     with pytest.raises(ValueError, match="two runs share this folder"):
         posthoc._check_one_run([snapshot("old", "", 1), snapshot("new", "", 2)])
+
+
+def test_a_model_key_that_came_later_has_its_default_in_older_snapshots():
+    def snapshot(clock, **model):
+        header = {"run": "run", "data": {}, "buffers": [], "model": {"resolution": 8, **model}}
+        return Snapshot(Path(f"{clock}"), clock, 0.05, header)
+
+    posthoc._check_one_run([snapshot(1), snapshot(2, prediction="edm")])
+    with pytest.raises(ValueError, match="its model is not that of"):
+        posthoc._check_one_run([snapshot(1), snapshot(2, prediction="v")])
