@@ -27,7 +27,7 @@ test: $(VENV)/.installed
 
 # torchvision comes with mosaicml-streaming and does not import beside a CPU build of torch; nothing here needs it
 $(VENV)/.extras: $(VENV)/.installed
-	$(PY) -m pip install -q -c constraints.txt '.[mds,vae,remote]' && rm -rf build evenkeel.egg-info
+	$(PY) -m pip install -q -c constraints.txt '.[mds,vae,remote,test-extras]' && rm -rf build evenkeel.egg-info
 	@$(PY) -c 'import torchvision' 2>/dev/null || $(PY) -m pip uninstall -q -y torchvision
 	@touch $@
 
