@@ -24,6 +24,7 @@ class LossParts:
     weighted: Tensor
     logvar: Tensor
     magnitudes: dict[str, Tensor]
+    sigma: Tensor  # [N]
 
 
 def sample_weight(
@@ -108,5 +109,5 @@ def denoising_loss(
         # The head is kept in the graph at weight zero: ZeRO expects a gradient for every parameter.
         losses = weight * squared + 0 * logvar
     unweighted = squared.detach() / num_elements
-    parts = LossParts(unweighted, edm_weight * unweighted, logvar.detach(), seen[0] if seen else {})
+    parts = LossParts(unweighted, edm_weight * unweighted, logvar.detach(), seen[0] if seen else {}, sigma.flatten())
     return losses, parts

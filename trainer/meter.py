@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipeline.reader import Source
 from models.edm2 import magnitude_bucket
+from trainer.bins import CENTRES, BinMeans, Bins, means
 from trainer.config import Config
 from trainer.engine import Engine
 from trainer.loss import LossParts
@@ -34,6 +35,7 @@ class Meter:
         self.published_time = time.perf_counter()
         self.phases: dict[str, float] = defaultdict(float)
         self.sums = torch.zeros(3, device=engine.device)  # loss, denoising loss, samples
+        self.bins = Bins(engine.device, config.model.sigma_data)
         self.magnitudes: dict[str, Tensor] = {}
         self.recent: deque[tuple[Tensor, Tensor]] = deque(
             maxlen=2 * engine.micro_steps
@@ -59,6 +61,7 @@ class Meter:
         self.recent.append((positions, losses))
         total = losses.sum() / self.elements
         self.sums += torch.stack([total, parts.weighted.sum(), torch.full_like(total, losses.numel())])
+        self.bins.add(parts.sigma, parts.weighted, parts.logvar)
         self.magnitudes.update(parts.magnitudes)
 
     def step(self, clock: int, learning_rate: float) -> bool:
@@ -110,6 +113,7 @@ class Meter:
         put("evenkeel_flops_per_second", rate * self.flops_per_image)
         put("evenkeel_loss", loss / count)
         put("evenkeel_denoising_loss", denoising_loss / count)
+        self._put_bins(means(self.bins.total()))
         put("evenkeel_learning_rate", learning_rate)
         put("evenkeel_gradient_norm", float(self.engine.optimizer.gradient_norm))
         put("evenkeel_nonfinite_steps_total", float(self.engine.optimizer.num_nonfinite))
@@ -134,6 +138,14 @@ class Meter:
         self.phases.clear()
         self.magnitudes.clear()
         self.sums.zero_()
+        self.bins.clear()
+
+    def _put_bins(self, bins: BinMeans) -> None:
+        for centre, n, loss, logvar in zip(CENTRES, bins.count, bins.loss, bins.logvar, strict=True):
+            self.metrics.set("evenkeel_samples_by_logsnr_ratio", n / max(1, sum(bins.count)), logsnr=str(centre))
+            if n:
+                self.metrics.set("evenkeel_loss_by_logsnr", loss, logsnr=str(centre))
+                self.metrics.set("evenkeel_uncertainty_by_logsnr", logvar, logsnr=str(centre))
 
     def _put_magnitudes(self, metric: str, by_layer: dict[str, Tensor]) -> None:
         buckets = defaultdict(list)

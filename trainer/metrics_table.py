@@ -39,6 +39,12 @@ TABLE = tuple(Metric(*row) for row in (
     # learning
     ("evenkeel_loss", "gauge", "nats per element", (), "run", "Training objective with uncertainty, mean over elements"),
     ("evenkeel_denoising_loss", "gauge", "1", (), "run", "EDM-weighted squared error without uncertainty, mean over elements"),
+    ("evenkeel_loss_by_logsnr", "gauge", "1", ("logsnr",), "run",
+     "evenkeel_denoising_loss by noise level: bins one wide about logsnr = -10 ... 10, the outermost open; 1: knows nothing"),
+    ("evenkeel_uncertainty_by_logsnr", "gauge", "nats", ("logsnr",), "run",
+     "Learned uncertainty u by noise level, near the log of evenkeel_loss_by_logsnr where it is learned"),
+    ("evenkeel_samples_by_logsnr_ratio", "gauge", "1", ("logsnr",), "run",
+     "Share of the noise levels drawn since the last publication"),
     ("evenkeel_learning_rate", "gauge", "1", (), "run", "Learning rate of the last step"),
     ("evenkeel_gradient_norm", "gauge", "1", (), "run", "Norm of the last step's gradient, before projection"),
     # magnitudes (Karras et al. 2024, Figures 3 and 15)
