@@ -139,7 +139,7 @@ class OdeBlock(Block):
             return split_steps(force, z, o["steps"], o["omega"], o["strength"])
         parameters = (self.conv_res0.weight, self.conv_res1.weight, scale)
         z, count = solve(field(force, o["omega"], o["strength"]), z, o, parameters)
-        if o["solver"] in ode.ADAPTIVE:  # fixed steps leave the module as it is, which a compiled graph is glad of
+        if self.evaluations != count and not z.is_meta:  # adaptive: else the module stays as it is, for compilation
             self.evaluations = count
         return z
 

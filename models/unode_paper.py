@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from models.ddpm_unet import Attention, Conv, GroupNorm, NoiseEmbedding
 from models.edm2 import magnitude
-from models.ode import ADAPTIVE
 from models.unode import fixed_evaluations, solve
 
 EMB_CHANNELS = 256  # of the released table, and of the working embedding
@@ -120,7 +119,7 @@ class StateBlock(nn.Module):
             z = F.interpolate(z, scale_factor=0.5, mode="bilinear", align_corners=False)
         inputs, wanted = self.field.inputs(emb)
         z, count = solve(lambda state: self.field(state, inputs), z, self.ode, wanted)
-        if self.ode["solver"] in ADAPTIVE:  # fixed steps leave the module as it is, which a compiled graph is glad of
+        if self.evaluations != count and not z.is_meta:  # adaptive: else the module stays as it is, for compilation
             self.evaluations = count
         if self.attention is None:
             return z, z

@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 import yaml
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.ddpm_unet import Attention
 from models.denoiser import build
 from models.edm2 import Block
 from models.magnitude import MPConv
 from tests.test_magnitude import SMALL
 from trainer import flops
+from trainer.config import CONFIGS
 
 IMG512 = {"resolution": 64, "channels": 4, "label_dim": 1000}
 # 2 per multiply-accumulate, counted on the reference; GMAC are half of it (the paper's 45.5 ... 552.1 count 1 % more)
@@ -27,6 +30,9 @@ PUBLISHED = {
 }
 
 
+PLAIN = {**SMALL, "model_channels": 16}
+
+
 def closed_formula(model):
     """Add up 2 out in k^2 H W of every layer and 4 C T^2 of every attention, T = H W, from a forward on meta tensors."""
     total = 0
@@ -39,11 +45,18 @@ def closed_formula(model):
         nonlocal total
         total += 4 * module.out_channels * math.prod(output[0].shape[2:]) ** 2 if module.num_heads else 0
 
+    def plain_attention(module, inputs, output):
+        nonlocal total
+        pixels = math.prod(output.shape[2:])  # twice 4 heads of 32 channels against pixels, or channels
+        total += 4 * 128 * pixels * (32 if module.linear else pixels)
+
     with torch.device("meta"):
         net = build(model)
         for module in net.modules():
-            if isinstance(module, MPConv):
+            if isinstance(module, MPConv | nn.Conv2d | nn.Linear):
                 module.register_forward_hook(layer)
+            elif isinstance(module, Attention):
+                module.register_forward_hook(plain_attention)
             elif isinstance(module, Block):
                 module.register_forward_hook(attention)
         net(torch.empty(1, net.channels, net.resolution, net.resolution), torch.empty(1), None, return_logvar=True)
@@ -52,7 +65,14 @@ def closed_formula(model):
 
 @pytest.mark.parametrize(
     "model",
-    [SMALL, {**SMALL, "label_dim": 0}, {**SMALL, "attn_resolutions": [8, 4]}, {**IMG512, "model_channels": 64}],
+    [
+        *(SMALL, {**SMALL, "label_dim": 0}, {**SMALL, "attn_resolutions": [8, 4]}, {**IMG512, "model_channels": 64}),
+        {**SMALL, "family": "unode"},  # an ODE's layers are called, and counted, once an evaluation
+        {**SMALL, "family": "unode", "ode": {"solver": "rk4", "steps": 3}},
+        {**PLAIN, "family": "unode", "ode": {"mode": "paper", "solver": "midpoint", "steps": 2}},
+        {**PLAIN, "family": "unode", "label_dim": 0, "ode": {"mode": "released", "solver": "rk4", "steps": 1}},
+        {**PLAIN, "family": "ddpm_unet"},
+    ],
     ids=str,
 )
 def test_count_is_the_closed_formula(model):
@@ -143,6 +163,24 @@ def test_json_has_the_agreed_keys(config, capsys):
     assert facts["forward_flops"] == counts.forward_flops == 2 * facts["forward_macs"]
     assert facts["training_flops_per_image"] == 3 * counts.forward_flops
     assert facts["bytes_per_parameter"] == {"0": 24.0, "1": 8 + 20 / 2, "2": 4 + 24 / 2, "3": 28 / 2}
+
+
+def test_published_totals_with_and_without_frozen_tables_and_evaluations_are_told(capsys):
+    assert flops.main([str(CONFIGS / "unode_released.yaml"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["network_parameters"], facts["network_parameters_with_frozen_tables"]) == (8_555_875, 8_811_875)
+    assert set(facts["function_evaluations"].values()) == {4} and not facts["adaptive"]
+    assert [level["name"] for level in facts["levels"]][1:3] == ["Enc 64x64", "Enc 32x32"] and len(
+        facts["levels"]
+    ) == 10
+    fixed = ["model.ode.solver=rk4", "model.ode.steps=3"]
+    totals = []
+    for overrides in (fixed, ["model.ode.solver=dopri5", "model.ode.steps=3", "engine.compile=false"]):
+        assert flops.main([str(CONFIGS / "unode_s.yaml"), *overrides]) == 0
+        out = capsys.readouterr().out
+        totals.append(out.split("training")[0])
+        assert ("an adaptive solver decides" in out) == (overrides is not fixed)
+    assert totals[0] == totals[1]
 
 
 def test_table_has_a_row_per_level(config, capsys):

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.denoiser import build
-from models.edm2 import Block, magnitude_bucket
+from models.edm2 import magnitude_bucket
+from models.magnitude import MPConv
 from trainer import config as configs
 from trainer.peaks import peak_flops as peak_flops
 from trainer.size import TRAINING_FORWARDS, bytes_per_parameter
@@ -34,17 +35,23 @@ class Level:
 class Counts:
     """What one image costs; FLOPs are 2 per multiply-accumulate."""
 
-    parameters: int
+    parameters: int  # of network and uncertainty head
     trainable_parameters: int
+    network_parameters: int  # without the uncertainty head
+    frozen_table_values: int  # constants of the network, in its buffers: published totals count some of them
     forward_flops: int
     training_flops_per_image: int
     by_operation: dict[str, int] = field(default_factory=dict)
     by_layer: dict[str, int] = field(default_factory=dict)
     levels: list[Level] = field(default_factory=list)
+    function_evaluations: dict[str, int] = field(default_factory=dict)  # by ODE block; 0: an adaptive solver decides
 
 
 def count(model: dict) -> Counts:
-    """Count the forward of one image, with label and uncertainty head, of the network in config group `model`."""
+    """Count the forward of one image, with label and uncertainty head, of the network in config group `model`.
+
+    A right-hand side of an ODE counts as often as it is evaluated; adaptive solvers as `ode.steps` steps of rk4.
+    """
     with torch.device("meta"):
         denoiser = build(model).eval()
         x = torch.empty(1, denoiser.channels, denoiser.resolution, denoiser.resolution)
@@ -60,11 +67,14 @@ def count(model: dict) -> Counts:
     return Counts(
         parameters=sum(p.numel() for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        network_parameters=sum(p.numel() for p in denoiser.unet.parameters()),
+        frozen_table_values=sum(b.numel() for b in denoiser.unet.buffers()),
         forward_flops=forward,
         training_flops_per_image=TRAINING_FORWARDS * forward,
         by_operation={str(operation): flops for operation, flops in counts["Global"].items()},
         by_layer=layers,
         levels=_levels(denoiser, layers),
+        function_evaluations=denoiser.function_evaluations(),
     )
 
 
@@ -73,10 +83,10 @@ def _levels(denoiser: nn.Module, layers: dict[str, int]) -> list[Level]:
     levels: dict[str, Level] = {}
     rest = Level("embedding and ends", sum(p.numel() for p in denoiser.parameters()), layers[type(denoiser).__name__])
     for name, module in denoiser.named_modules():
-        if not isinstance(module, Block):
+        bucket = magnitude_bucket(f"{name}.any")
+        if bucket is None or name.count(".") != 2 or isinstance(module, MPConv):  # EDM2's first convolution is an end
             continue
-        side, resolution = magnitude_bucket(f"{name}.conv_res0")
-        key = f"{side} {resolution}x{resolution}"
+        key = f"{bucket[0]} {bucket[1]}x{bucket[1]}"
         level = levels.setdefault(key, Level(key))
         for part, sign in ((level, 1), (rest, -1)):
             part.parameters += sign * sum(p.numel() for p in module.parameters())
@@ -93,6 +103,9 @@ def describe(config: configs.Config) -> dict:
     return {
         "parameters": counts.parameters,
         "trainable_parameters": counts.trainable_parameters,
+        "network_parameters": counts.network_parameters,
+        "network_parameters_with_frozen_tables": counts.network_parameters + counts.frozen_table_values,
+        "function_evaluations": counts.function_evaluations,
         "forward_flops": counts.forward_flops,
         "forward_macs": counts.forward_flops // 2,
         "training_flops_per_image": counts.training_flops_per_image,
@@ -103,6 +116,7 @@ def describe(config: configs.Config) -> dict:
         "bytes_per_parameter_parts": by_stage,
         "world": world,
         "zero_stage": config.engine.zero_stage,
+        "adaptive": 0 in counts.function_evaluations.values(),
         "convention": "2 FLOPs per multiply-accumulate; the EDM2 paper's Gflops are multiply-accumulates",
     }
 
@@ -123,7 +137,16 @@ def table(facts: dict) -> str:
         f"training       {facts['training_flops_per_image'] / 1e9:,.1f} GFLOP per image (3 forwards), "
         f"{facts['training_flops'] / 1e21:.3g} ZFLOP for the whole run",
         f"convention     {facts['convention']}",
+        f"network        {facts['network_parameters']:,} parameters without the uncertainty head, "
+        f"{facts['network_parameters_with_frozen_tables']:,} with its frozen tables",
     ]
+    if facts["function_evaluations"]:
+        each = ", ".join(
+            f"{name.removeprefix('unet.')} {n or '?'}" for name, n in facts["function_evaluations"].items()
+        )
+        lines.append(f"evaluations    {each} of the right-hand side in a forward")
+    if facts["adaptive"]:
+        lines.append("               an adaptive solver decides: FLOPs are those of rk4 with model.ode.steps steps")
     for stage, held in facts["bytes_per_parameter"].items():
         chosen = " (configured)" if int(stage) == facts["zero_stage"] else ""
         gib = held * facts["parameters"] / 2**30

@@ -46,6 +46,11 @@ def _check_ode(model: Model, engine: Engine) -> None:
         raise ValueError(
             "model.ode.adjoint=true: needs a Runge-Kutta solver; set model.ode.solver=rk4, or adjoint=false"
         )
+    if engine.zero_stage == 3 and ode.solver in ADAPTIVE:
+        raise ValueError(
+            f"model.ode.solver={ode.solver}: ranks would take different numbers of steps, and with engine.zero_stage=3 each step "
+            f"gathers weights from all: they would wait forever; use a fixed-step solver or engine.zero_stage=2"
+        )
     if engine.compile and (ode.adjoint or ode.solver in ADAPTIVE):
         what = "model.ode.adjoint=true" if ode.adjoint else f"model.ode.solver={ode.solver}"
         raise ValueError(
