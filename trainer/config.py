@@ -72,6 +72,7 @@ def check(config: Config) -> None:
             f"duration_images={config.duration_images}: must be a multiple of global_batch={config.global_batch}; "
             f"try {below or config.global_batch} or {below + config.global_batch}"
         )
+    check_engine(config)
     levels = len(config.model.channel_mult)
     if config.model.resolution % 2 ** (levels - 1):
         raise ValueError(
@@ -100,6 +101,19 @@ def check(config: Config) -> None:
             "data.on_bad=replace does not go with data.reader=stock, which can only stop; use data.reader=indexed"
         )
     check_noise(config)
+
+
+def check_engine(config: Config) -> None:
+    """Raise ValueError for a combination that DeepSpeed cannot do, or does wrongly (0.19.8; tests/test_grid.py tries them all)."""
+    e = config.engine
+    if e.weights == "bf16" and e.zero_stage < 2:
+        reason = {
+            0: "DeepSpeed has no bf16 engine with fp32 sums of gradients without ZeRO",
+            1: "DeepSpeed then keeps fp32 gradients whole on every rank and drops non-finite steps in silence",
+        }[e.zero_stage]
+        raise ValueError(
+            f"engine.weights=bf16 with engine.zero_stage={e.zero_stage}: {reason}; use engine.zero_stage=2, or engine.weights=fp32"
+        )
 
 
 def check_batch(config: Config, world: int) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from models import denoiser
+from models.edm2 import Block
 from models.magnitude import normalize_rows_
 from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
@@ -96,18 +97,48 @@ class Engine:
         # before ZeRO may partition them: afterwards a parameter's own shape is (0,)
         self.shapes = {name: tuple(p.shape) for name, p in self.module.named_parameters()}
         self.rows = row_length(self.module)
+        self._prepare_for_stage()
+        # ZeRO casts the module before it copies the masters from it: kept here, the masters start exact and their rows normalised
+        exact = {n: p.detach().to("cpu", copy=True) for n, p in self.module.named_parameters()} if self._casts else {}
         o = config.optimizer
         adam = torch.optim.Adam(self.module.parameters(), lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
         self._deepspeed, *_ = deepspeed.initialize(model=self.module, optimizer=adam, config=self._deepspeed_config())
         self.fragments = self._find_fragments(adam)
         self._verify_layout()
+        for f in self.fragments if exact else []:
+            f.master.copy_(exact[f.name].view(-1)[f.start : f.start + f.master.numel()])
+        del exact
         self.ema = ShardedEma(self.fragments, config.ema.sigma_rel)
         replicas = self.world if config.engine.zero_stage == 0 else 1
         self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite, replicas)
         # DeepSpeed's own call, not the module's: it is what tells a ZeRO stage where a micro-batch begins
         self.denoiser = self._deepspeed
-        if config.engine.compile:
-            self.module.forward = torch.compile(self.module.forward, fullgraph=True)
+        if config.engine.compile == "true" or config.engine.compile == "auto" and on_gpu():
+            self._compile()
+
+    @property
+    def _casts(self) -> bool:
+        return self.config.engine.weights != "fp32"
+
+    def _prepare_for_stage(self) -> None:
+        """Let stage 3 gather the weights of a block together: fewer, larger messages, and no hook inside of a compiled block."""
+        if self.config.engine.zero_stage == 3:
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(self.module, [Block])
+
+    def _compile(self) -> None:
+        """Compile the forward of the network, or of each block where stage 3 gathers weights between blocks.
+
+        The hooks of DeepSpeed stay outside: what is compiled is one graph, or an error.
+        """
+        parts = [self.module]
+        if self.config.engine.zero_stage == 3:
+            parts = [m for m in self.module.modules() if isinstance(m, Block)]
+            # they share one code object, of which torch would compile eight variants and no more
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(parts))
+        for part in parts:
+            part.forward = torch.compile(part.forward, fullgraph=True)
 
     def _deepspeed_config(self) -> dict:
         zero = {"stage": self.config.engine.zero_stage, "round_robin_gradients": False}
@@ -120,7 +151,14 @@ class Engine:
             total = sum(math.prod(shape) for shape in self.shapes.values())
             # tensors below a thousandth of the network (gains, the ends) stay whole on each rank: memory that nobody misses
             zero["stage3_param_persistence_threshold"] = min(100_000, total // 1000)
-        return {
+        sixteen_bit = {}
+        if self._casts:  # gradients are summed, over micro-batches and over ranks, in fp32
+            sixteen_bit = {
+                "bf16": {"enabled": True, "check_grad_overflow": False},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
+            }
+        return sixteen_bit | {
             "train_micro_batch_size_per_gpu": self.config.micro_batch,
             "gradient_accumulation_steps": self.micro_steps,
             "gradient_clipping": 0.0,

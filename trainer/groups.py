@@ -204,9 +204,12 @@ class Engine:
     """How the step is executed."""
 
     zero_stage: int = field(default=1, metadata={"choices": (0, 1, 2, 3)})
+    weights: str = one_of(
+        "fp32", "fp32", "bf16"
+    )  # that the forward sees; masters, averages and sums of gradients are fp32
     activations: str = one_of("fp32", "fp32", "bf16", "fp16")
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: str = one_of("auto", "auto", "true", "false")  # auto: where there is a GPU
     hang_seconds: int = at_least(
         600, 0
     )  # without a step for so long, every rank dumps its stacks and asks to be restarted; 0: off

@@ -83,6 +83,8 @@ def _unknown_key(prefix: str, key: str, known: list[str], root: type) -> str:
 
 
 def _value(value, f: dataclasses.Field, key: str):
+    if isinstance(value, bool) and "true" in f.metadata.get("choices", ()):  # YAML's own true, beside another word
+        value = str(value).lower()
     value = _typed(value, f.type, key)
     choices, minimum = f.metadata.get("choices"), f.metadata.get("minimum")
     if choices and value not in choices:
