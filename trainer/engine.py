@@ -25,6 +25,9 @@ from trainer.peers import meet
 # how long ranks wait at the start for the last of them, and a collective for one that neither comes nor dies
 MEETING_SECONDS, COLLECTIVE_SECONDS = 600.0, 600.0
 
+# gradients that are reduced in one message: 128 MiB of fp32, some ten of them for EDM2-S
+BUCKET_ELEMENTS = 2**25
+
 
 def on_gpu() -> bool:
     """Say whether every rank of this machine has a GPU of its own; else all compute on CPUs."""
@@ -141,14 +144,20 @@ class Engine:
             part.forward = torch.compile(part.forward, fullgraph=True)
 
     def _deepspeed_config(self) -> dict:
-        zero = {"stage": self.config.engine.zero_stage, "round_robin_gradients": False}
+        total = sum(math.prod(shape) for shape in self.shapes.values())
+        zero = {
+            "stage": self.config.engine.zero_stage,
+            "round_robin_gradients": False,  # with it, `_hp_mapping` points at other tensors
+            "overlap_comm": self.config.engine.overlap and on_gpu(),
+            # DeepSpeed's default is one bucket of 2 GB, which would hold most networks whole and overlap nothing
+            "reduce_bucket_size": min(total, BUCKET_ELEMENTS),
+        }
         if self.config.engine.zero_stage in (1, 2):
             zero["compute_grad_norm"] = False  # with it, DeepSpeed drops a step with a non-finite gradient in silence
         if self.config.engine.zero_stage == 3:
             zero["sub_group_size"] = (
                 2**62
             )  # one flat partition, so that one step of Adam sees all of this rank's fragments
-            total = sum(math.prod(shape) for shape in self.shapes.values())
             # tensors below a thousandth of the network (gains, the ends) stay whole on each rank: memory that nobody misses
             zero["stage3_param_persistence_threshold"] = min(100_000, total // 1000)
         sixteen_bit = {}

@@ -210,6 +210,8 @@ class Engine:
     activations: str = one_of("fp32", "fp32", "bf16", "fp16")
     activation_checkpointing: bool = False
     compile: str = one_of("auto", "auto", "true", "false")  # auto: where there is a GPU
+    overlap: bool = True  # reduce gradients while the backward goes on (GPUs)
+    deterministic: bool = False  # the same bits in every repetition on the same GPUs; CPUs do so anyway
     hang_seconds: int = at_least(
         600, 0
     )  # without a step for so long, every rank dumps its stacks and asks to be restarted; 0: off

@@ -4,6 +4,7 @@ The loop itself is in trainer/train.py. What must not break: every rank builds, 
 order, because each of these is collective.
 """
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from trainer import checkpoint, flops, provenance
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import Config, digest, to_dict
+from trainer.determinism import fix_environment
 from trainer.engine import COLLECTIVE_SECONDS, MEETING_SECONDS, Engine, build_denoiser, device, start_process_group
 from trainer.examples import Examples
 from trainer.loss import denoising_loss
@@ -30,6 +32,8 @@ class Run:
 
     def __init__(self, config: Config, folder: Path, stop: Stop):
         self.config, self.folder, self.stop = config, folder, stop
+        if config.engine.deterministic:
+            fix_environment(folder, int(os.environ.get("RANK", "0")))
         hang = config.engine.hang_seconds or MEETING_SECONDS
         # the watchdog speaks first: a collective's own timeout names nobody
         self.rank, self.world = start_process_group(
