@@ -17,6 +17,7 @@ import difflib  # noqa: E402
 
 from cluster import endings, follow, job, run_directory, slurm  # noqa: E402
 from cluster.run_directory import shown  # noqa: E402
+from trainer import communication  # noqa: E402
 from trainer.config import Config, dump, load  # noqa: E402
 
 
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         if arguments.dry_run:
             print(dump(config), end="")
+            print("".join(f"# {line}\n" for line in communication.lines(config)), end="")
             if config.cluster.kind == "slurm":
                 print(f"\n# sbatch script:\n{slurm.script(config)}")
             return 0

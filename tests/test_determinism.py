@@ -16,7 +16,7 @@ from trainer.stop import Stop
 import torch, trainer.run
 
 class Reached(Exception): pass
-def start():
+def start(*args):
     # the first thing that a run does with CUDA and NCCL
     keys = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     print(json.dumps({k: os.environ.get(k) for k in keys} | {

@@ -12,6 +12,7 @@ ROOMS = ("models", "data_pipeline", "trainer", "cluster")
 MAY_IMPORT = {"models": set(), "data_pipeline": set(), "trainer": {"models", "data_pipeline"}}
 CLUSTER_MAY_IMPORT = {
     "trainer.config",
+    "trainer.communication",
     "trainer.groups",
     "trainer.size",
     "trainer.peaks",

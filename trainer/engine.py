@@ -160,6 +160,9 @@ class Engine:
             )  # one flat partition, so that one step of Adam sees all of this rank's fragments
             # tensors below a thousandth of the network (gains, the ends) stay whole on each rank: memory that nobody misses
             zero["stage3_param_persistence_threshold"] = min(100_000, total // 1000)
+            # DeepSpeed would keep a network of up to 1e9 parameters whole from its first gathering on, and save nothing
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = total // 8
+            zero["stage3_prefetch_bucket_size"] = total // 16
         sixteen_bit = {}
         if self._casts:  # gradients are summed, over micro-batches and over ranks, in fp32
             sixteen_bit = {
