@@ -114,6 +114,11 @@ def check_engine(config: Config) -> None:
         raise ValueError(
             f"engine.weights=bf16 with engine.zero_stage={e.zero_stage}: {reason}; use engine.zero_stage=2, or engine.weights=fp32"
         )
+    if e.compile == "true" and e.zero_stage == 3 and config.model.family != "edm2":
+        raise ValueError(
+            f"engine.compile=true with engine.zero_stage=3: stage 3 gathers weights between the blocks of edm2 alone, which can be "
+            f"compiled, but model.family is {config.model.family}; use engine.zero_stage=2, or engine.compile=false"
+        )
 
 
 def check_batch(config: Config, world: int) -> None:

@@ -128,7 +128,7 @@ class Engine:
         if self.config.engine.zero_stage == 3:
             from deepspeed.utils import set_z3_leaf_modules
 
-            set_z3_leaf_modules(self.module, [Block])
+            set_z3_leaf_modules(self.module, [Block], raise_if_not_found=False)  # EDM2's; others gather by layer
 
     def _compile(self) -> None:
         """Compile the forward of the network, or of each block where stage 3 gathers weights between blocks.
