@@ -9,7 +9,7 @@ messages of the step (cut rows, votes) are left out.
 from typing import NamedTuple
 
 from trainer import size
-from trainer.groups import Config
+from trainer.config import Config, to_dict
 
 RING = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}  # times (N - 1) / N
 # stage 3: for the forward and again for the backward. A little less in truth, as the last layers stay for the backward
@@ -47,7 +47,7 @@ def per_step(parameters: int, zero_stage: int, micro_steps: int, weights: str = 
 
 def of_config(config: Config) -> list[Traffic]:
     """Return the traffic of a run on the ranks that it asks for, [] for a network whose size needs torch."""
-    counted = size.count(vars(config.model))
+    counted = size.count(to_dict(config)["model"])
     world = num_ranks(config)
     micro_steps = config.global_batch // (world * config.micro_batch)
     e = config.engine
