@@ -73,6 +73,7 @@ def environment(place: Place, master_port: int, cpus_per_rank: int) -> dict[str,
         "MASTER_ADDR": "127.0.0.1" if place.kind == "local" else place.hosts[0],
         "MASTER_PORT": str(master_port),
         "OMP_NUM_THREADS": str(cpus_per_rank),
+        "EVENKEEL_REQUEUES": str(place.restarts),
     }
     if place.kind == "local":
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")

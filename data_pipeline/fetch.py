@@ -44,7 +44,7 @@ class Cache:
         self.max_bytes, self.timeout_seconds = max_bytes, timeout_seconds
         self.attempts, self.pause_seconds = attempts, pause_seconds
         self.expected: dict[str, tuple[int | None, str]] = {}
-        self.fetched_bytes, self.retries, self.evicted = 0, 0, 0
+        self.fetched_bytes, self.retries, self.evicted, self.hits = 0, 0, 0, 0
         self._closed = threading.Event()
         self._ahead = ThreadPoolExecutor(threads, thread_name_prefix="evenkeel-fetch")
         self._asked: set[str] = set()
@@ -73,8 +73,14 @@ class Cache:
             if there is None or refetch or (size is not None and there != size):
                 target.unlink(missing_ok=True)
                 self._fetch(name, target)
+            else:
+                self.hits += 1
             os.utime(target)  # what was used last is evicted last
         return target
+
+    def counters(self) -> dict[str, int]:
+        """Return totals since opening: cache_hits (files found here), fetched_bytes, fetch_retries."""
+        return {"cache_hits": self.hits, "fetched_bytes": self.fetched_bytes, "fetch_retries": self.retries}
 
     def ahead(self, names: list[str]):
         """Fetch files in the background; errors show when the file is asked for."""

@@ -119,13 +119,16 @@ class Source:
         return int(self._member_sizes.sum())
 
     def counters(self) -> dict:
-        """Return totals since opening: samples, bytes, wait_seconds, checksum_failures, replaced, quarantined_{samples,shards}."""
+        """Return totals since opening: samples, bytes, wait_seconds, checksum_failures, replaced, and the files' own.
+
+        quarantined_{samples,shards} are not totals but the length of the quarantine list.
+        """
         with self._lock:
             bad = {
                 "quarantined_samples": len(self.quarantine.samples),
                 "quarantined_shards": len(self.quarantine.shards),
             }
-            return self._counters | bad
+            return self._counters | bad | self.files.counters()
 
     def state(self) -> dict:
         """Return the quarantine list, for a checkpoint: a resumed run must make the same replacements."""

@@ -28,6 +28,10 @@ class LocalFolder:
         """Return the local path of a file of the dataset; `refetch` asks for a fresh copy, which only a cache has."""
         return self.folder / name
 
+    def counters(self) -> dict[str, int]:
+        """Return nothing: there is no cache to count."""
+        return {}
+
     def ahead(self, names: list[str]):
         """Hint that files will be wanted soon: they are here."""
 

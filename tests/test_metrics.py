@@ -44,11 +44,11 @@ def test_the_endpoints_serve_exactly_the_table(ranks):
 
 def test_the_log_has_the_same_names_and_each_line_its_attempt(ranks, tmp_path):
     fill(ranks[0])
-    ranks[0].publish()
+    ranks[0].publish(0)
     ranks[0].set("evenkeel_samples_read_total", 1000)
-    ranks[0].publish()
+    ranks[0].publish(0)
     ranks[0].set("evenkeel_loss", float("nan"))
-    ranks[0].publish()
+    ranks[0].publish(0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[0]) == {"time", "attempt"} | {m.name for m in TABLE}
     assert lines[2]["evenkeel_loss"] is None, "JSON has no NaN"

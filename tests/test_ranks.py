@@ -24,7 +24,7 @@ def test_local(monkeypatch):
     )
     assert ranks.environment(place, 4242, 2) == {
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "4242", "OMP_NUM_THREADS": "2", "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_PORT": "4242", "OMP_NUM_THREADS": "2", "EVENKEEL_REQUEUES": "0", "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
 
 

@@ -292,21 +292,22 @@ class Engine:
         """Return every fp32 master, whole, on every rank; collective, and as large as the network."""
         return {name: self._gather(name) for name in self.shapes}
 
-    @torch.no_grad()
-    def weight_magnitudes(self) -> dict[str, torch.Tensor]:
-        """Return the RMS of every row-normalised weight, 0-d by name, from the masters; collective."""
-        names = {name: i for i, name in enumerate(n for n, length in self.rows.items() if length)}
-        squares = torch.zeros(len(names), device=self.device)
-        for f in self.owned():
-            if f.name in names:
-                squares[names[f.name]] += torch.dot(f.master, f.master)
-        dist.all_reduce(squares)
-        sizes = torch.tensor([math.prod(self.shapes[name]) for name in names], device=self.device)
-        return dict(zip(names, (squares / sizes).sqrt().unbind(), strict=True))
-
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers (Fourier frequencies and phases), the same on every rank."""
         return dict(self.module.named_buffers())
+
+    def time_collectives(self, on: bool) -> float:
+        """Switch DeepSpeed's timing of its collectives on or off; return the seconds that it has seen.
+
+        While it is on, each collective waits for the device: for one step in many.
+        """
+        from deepspeed.comm.comm import comms_logger
+
+        comms_logger.enabled = comms_logger.prof_all = on
+        comms_logger.verbose = False
+        milliseconds = sum(sum(sizes[1]) for op in comms_logger.comms_dict.values() for sizes in op.values())
+        comms_logger.comms_dict.clear()
+        return milliseconds / 1000
 
     def close(self) -> None:
         """Leave the process group; without it gloo may abort at exit."""

@@ -46,6 +46,11 @@ class Counts:
     levels: list[Level] = field(default_factory=list)
     function_evaluations: dict[str, int] = field(default_factory=dict)  # by ODE block; 0: an adaptive solver decides
 
+    @property
+    def recomputed_flops_per_image(self) -> int:
+        """Return what activation checkpointing executes again: the forward of every block."""
+        return sum(level.forward_flops for level in self.levels[1:])
+
 
 def count(model: dict) -> Counts:
     """Count the forward of one image, with label and uncertainty head, of the network in config group `model`.

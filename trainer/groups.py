@@ -224,6 +224,9 @@ class Metrics:
     every_images: int = at_least(128 * 2**10, 1)
     address: str = "127.0.0.1"
     port: int = at_least(0, 0)  # 0: any free one; it is written to RUN/targets/
+    peak_flops: float = at_least(
+        0.0, 0.0
+    )  # FLOP/s of one device that MFU is measured against; 0: by its name, trainer/flops.py
 
 
 @dataclass

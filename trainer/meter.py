@@ -4,36 +4,54 @@ Sums stay on the device until they are published, so that no step waits for a me
 """
 
 import math
-import resource
+import os
 import time
-from collections import defaultdict, deque
-from contextlib import contextmanager
+from collections import deque
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.reader import Source
-from models.edm2 import magnitude_bucket
+from trainer import flops, hardware, magnitudes
 from trainer.bins import CENTRES, BinMeans, Bins, means
 from trainer.config import Config
+from trainer.ema_profiles import beta
 from trainer.engine import Engine
 from trainer.loss import LossParts
 from trainer.metrics import Metrics
+from trainer.snapshot_plan import clocks_of
+
+# what the source counts in this start of the run
+COUNTED = {
+    "evenkeel_samples_read_total": "samples",
+    "evenkeel_bytes_read_total": "bytes",
+    "evenkeel_data_wait_seconds_total": "wait_seconds",
+    "evenkeel_checksum_failures_total": "checksum_failures",
+    "evenkeel_replaced_samples_total": "replaced",
+    "evenkeel_cache_hits_total": "cache_hits",
+    "evenkeel_fetched_bytes_total": "fetched_bytes",
+    "evenkeel_fetch_retries_total": "fetch_retries",
+}
+PHASES = ("data", "forward", "backward", "optimizer", "snapshot", "checkpoint", "metrics")
+SNAPSHOT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}  # per element
 
 
 class Meter:
     """Collects what happens in each step and publishes it every `metrics.every_images`."""
 
     def __init__(
-        self, config: Config, engine: Engine, source: Source, metrics: Metrics, clock: int, flops_per_image: int
+        self, config: Config, engine: Engine, source: Source, metrics: Metrics, clock: int, cost: flops.Counts
     ):
-        self.config, self.engine, self.source, self.metrics = config, engine, source, metrics
-        self.flops_per_image = flops_per_image
+        self.config, self.engine, self.source, self.metrics, self.cost = config, engine, source, metrics, cost
+        recomputed = cost.recomputed_flops_per_image if config.engine.activation_checkpointing else 0
+        self.hardware_flops = cost.training_flops_per_image + recomputed
+        self.peak = _peak(config, engine.device)
         self.elements = config.model.channels * config.model.resolution**2
         self.clock = self.published_clock = clock
         self.published_time = time.perf_counter()
-        self.phases: dict[str, float] = defaultdict(float)
+        self.phases = hardware.Phases(engine.device)
+        self.phase = self.phases.measure
         self.sums = torch.zeros(3, device=engine.device)  # loss, denoising loss, samples
         self.bins = Bins(engine.device, config.model.sigma_data)
         self.magnitudes: dict[str, Tensor] = {}
@@ -41,15 +59,12 @@ class Meter:
             maxlen=2 * engine.micro_steps
         )  # positions and losses of two steps
         metrics.set("evenkeel_duration_images", config.duration_images)
-        metrics.set("evenkeel_model_flops_per_image", flops_per_image)
+        metrics.set("evenkeel_model_flops_per_image", cost.training_flops_per_image)
+        metrics.set("evenkeel_hardware_flops_per_image", self.hardware_flops)
         metrics.set("evenkeel_attempt", metrics.attempt)
-
-    @contextmanager
-    def phase(self, name: str):
-        """Add the time spent inside to a phase of the step, as the host sees it."""
-        started = time.perf_counter()
-        yield
-        self.phases[name] += time.perf_counter() - started
+        metrics.set("evenkeel_restarts_total", metrics.attempt - 1)
+        metrics.set("evenkeel_requeues_total", int(os.environ.get("EVENKEEL_REQUEUES", "0")))
+        self.engine.time_collectives(self._due(clock + config.global_batch))
 
     def wants_magnitudes(self) -> bool:
         """Say whether the step under way is followed by a publication, so that its forward should collect magnitudes."""
@@ -68,10 +83,15 @@ class Meter:
         """End a step; publish if it is time, and say so."""
         self.clock = clock
         self.metrics.set("evenkeel_last_step_timestamp_seconds", time.time())
-        if not self._due(clock) and clock < self.config.duration_images:
-            return False
-        self._publish(learning_rate)
-        return True
+        self.metrics.set("evenkeel_rank_clock_images", clock)
+        due = self._due(clock) or clock >= self.config.duration_images
+        if due:
+            self._publish(learning_rate)
+        if self._due(clock + self.config.global_batch):
+            self.engine.time_collectives(
+                True
+            )  # in the step that is to be published, where magnitudes are collected as well
+        return due
 
     def check_finite(self) -> None:
         """Raise FloatingPointError on every rank when the policy says that the run must not go on; it knows a step later."""
@@ -98,47 +118,53 @@ class Meter:
         return clock // self.config.metrics.every_images > self.published_clock // self.config.metrics.every_images
 
     def _publish(self, learning_rate: float) -> None:
-        deviation = self.engine.optimizer.row_rms_deviation()
-        if self.engine.world > 1:
-            dist.all_reduce(self.sums)
-        loss, denoising_loss, count = self.sums.tolist()
-        now = time.perf_counter()
+        with self.phase("metrics"):
+            self._put_clock()
+            self._put_learning(learning_rate)
+            self._put_magnitudes()
+            self.count_data()
+            self._put_machine()
+        self.metrics.publish(self.clock)
+        self.published_clock, self.published_time = self.clock, time.perf_counter()
+        self.magnitudes.clear()
+        self.sums.zero_()
+        self.bins.clear()
+
+    def _put_clock(self) -> None:
+        put, now = self.metrics.set, time.perf_counter()
         elapsed, images = now - self.published_time, self.clock - self.published_clock
-        steps, put = images / self.config.global_batch, self.metrics.set
         rate = images / elapsed
         put("evenkeel_images_seen", self.clock)
         put("evenkeel_epoch_ratio", self.clock / self.source.num_samples)
         put("evenkeel_images_per_second", rate)
         put("evenkeel_eta_seconds", (self.config.duration_images - self.clock) / rate)
-        put("evenkeel_flops_per_second", rate * self.flops_per_image)
+        put("evenkeel_flops_per_second", rate * self.cost.training_flops_per_image)
+        per_rank = rate / self.engine.world
+        put("evenkeel_rank_flops_per_second", per_rank * self.cost.training_flops_per_image)
+        if self.peak is not None:
+            name, peak = self.peak
+            put("evenkeel_mfu_ratio", per_rank * self.cost.training_flops_per_image / peak, peak=name)
+            put("evenkeel_hfu_ratio", per_rank * self.hardware_flops / peak, peak=name)
+        steps = images / self.config.global_batch
+        put("evenkeel_step_seconds", elapsed / steps)
+        seconds = self.phases.take()
+        for name in PHASES:
+            put("evenkeel_phase_seconds", seconds.get(name, 0.0) / steps, phase=name)
+        put("evenkeel_phase_seconds", self.engine.time_collectives(False), phase="communication")
+
+    def _put_learning(self, learning_rate: float) -> None:
+        put, optimizer = self.metrics.set, self.engine.optimizer
+        if self.engine.world > 1:
+            dist.all_reduce(self.sums)
+        loss, denoising_loss, count = self.sums.tolist()
         put("evenkeel_loss", loss / count)
         put("evenkeel_denoising_loss", denoising_loss / count)
         self._put_bins(means(self.bins.total()))
         put("evenkeel_learning_rate", learning_rate)
-        put("evenkeel_gradient_norm", float(self.engine.optimizer.gradient_norm))
-        put("evenkeel_nonfinite_steps_total", float(self.engine.optimizer.num_nonfinite))
-        put("evenkeel_row_rms_deviation", float(deviation))
-        put("evenkeel_step_seconds", elapsed / steps)
-        for name, seconds in self.phases.items():
-            put("evenkeel_phase_seconds", seconds / steps, phase=name)
-        read = self.source.counters()
-        put("evenkeel_samples_read_total", read["samples"])
-        put("evenkeel_bytes_read_total", read["bytes"])
-        put("evenkeel_data_wait_seconds_total", read.get("wait_seconds", 0.0))
-        put("evenkeel_checksum_failures_total", read["checksum_failures"])
-        put("evenkeel_replaced_samples_total", read.get("replaced", 0))
-        put("evenkeel_memory_bytes", _peak_memory(self.engine.device))
-        for block, evaluations in self.engine.module.function_evaluations().items():
-            put("evenkeel_function_evaluations", evaluations, block=block)
-        self._put_magnitudes("evenkeel_activation_magnitude", self.magnitudes)
-        weights = {name.removesuffix(".weight"): rms for name, rms in self.engine.weight_magnitudes().items()}
-        self._put_magnitudes("evenkeel_weight_magnitude", weights)
-        self.metrics.publish()
-        self.published_clock, self.published_time = self.clock, time.perf_counter()
-        self.phases.clear()
-        self.magnitudes.clear()
-        self.sums.zero_()
-        self.bins.clear()
+        put("evenkeel_gradient_norm", float(optimizer.gradient_norm))
+        put("evenkeel_nonfinite_steps_total", float(optimizer.num_nonfinite))
+        for sigma_rel, gamma in zip(self.engine.ema.sigma_rel, self.engine.ema.gammas, strict=True):
+            put("evenkeel_ema_beta", beta(self.clock, self.config.global_batch, gamma), sigma_rel=f"{sigma_rel:.3f}")
 
     def _put_bins(self, bins: BinMeans) -> None:
         for centre, n, loss, logvar in zip(CENTRES, bins.count, bins.loss, bins.logvar, strict=True):
@@ -147,18 +173,53 @@ class Meter:
                 self.metrics.set("evenkeel_loss_by_logsnr", loss, logsnr=str(centre))
                 self.metrics.set("evenkeel_uncertainty_by_logsnr", logvar, logsnr=str(centre))
 
-    def _put_magnitudes(self, metric: str, by_layer: dict[str, Tensor]) -> None:
-        buckets = defaultdict(list)
-        for name, value in by_layer.items():
-            bucket = None if name.endswith((".clipped", ".attn_logit_max")) else magnitude_bucket(name)
-            if bucket:
-                buckets[bucket].append(float(value))
+    def _put_magnitudes(self) -> None:
+        put = self.metrics.set
+        put("evenkeel_row_rms_deviation", float(self.engine.optimizer.row_rms_deviation()))
+        weights = magnitudes.measure_weights(self.engine)
+        layers = magnitudes.layer_rms(weights)
+        for metric, of in (("evenkeel_layer_weight_rms", layers), ("evenkeel_gain", magnitudes.gains(weights))):
+            for layer, value in of.items():
+                put(metric, value, layer=layer)
+        for (side, resolution), value in magnitudes.update_ratios(weights).items():
+            put("evenkeel_update_ratio", value, side=side, resolution=str(resolution))
+        collected = magnitudes.reduce_collected(self.magnitudes, self.engine.world)
+        self._put_buckets("evenkeel_weight_magnitude", magnitudes.by_bucket(layers))
+        self._put_buckets("evenkeel_activation_magnitude", magnitudes.by_bucket(collected))
+        self._put_buckets("evenkeel_clipped_ratio", magnitudes.by_bucket(collected, "clipped"))
+        for (side, resolution), values in magnitudes.by_bucket(collected, "attn_logit_max").items():
+            put("evenkeel_attention_logit_max", max(values), side=side, resolution=str(resolution))
+
+    def _put_buckets(self, metric: str, buckets: dict[magnitudes.Bucket, list[float]]) -> None:
         for (side, resolution), values in buckets.items():
             for statistic, value in (("mean", math.fsum(values) / len(values)), ("max", max(values))):
                 self.metrics.set(metric, value, side=side, resolution=str(resolution), statistic=statistic)
 
+    def count_data(self) -> None:
+        """Put what the source has counted."""
+        read = self.source.counters()
+        for metric, key in COUNTED.items():
+            self.metrics.count(metric, read.get(key, 0))
+        for what in ("samples", "shards"):
+            self.metrics.set(f"evenkeel_quarantined_{what}", read.get(f"quarantined_{what}", 0))
 
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    def _put_machine(self) -> None:
+        put, plan = self.metrics.set, self.config.snapshots
+        put("evenkeel_memory_bytes", hardware.peak_memory(self.engine.device))
+        for block, evaluations in self.engine.module.function_evaluations().items():
+            put("evenkeel_function_evaluations", evaluations, block=block)
+        for name, value in hardware.gpu_load(self.engine.device).items():
+            put(name, value)
+        put("evenkeel_disk_free_bytes", hardware.disk_free(self.metrics.run))
+        left = sum(clock > self.clock for clock in clocks_of(self.config.duration_images, plan.every_images))
+        one = self.cost.parameters * SNAPSHOT_BYTES[plan.dtype]
+        put("evenkeel_snapshots_left_bytes", left * len(self.engine.ema.sigma_rel) * one)
+
+
+def _peak(config: Config, device: torch.device) -> tuple[str, float] | None:
+    """Return (name, FLOP/s) of the peak that MFU is measured against, None where there is none."""
+    if config.metrics.peak_flops:
+        return "metrics.peak_flops", config.metrics.peak_flops
+    if device.type != "cuda":
+        return None
+    return flops.peak_flops(torch.cuda.get_device_name(device), config.engine.activations)

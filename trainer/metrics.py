@@ -1,19 +1,21 @@
 """Exports a run as it goes: Prometheus endpoints, one per rank, and metrics.jsonl, from trainer/metrics_table.py.
 
 Each rank serves on a free port and announces it in RUN/targets/ (Prometheus file_sd), so that ports never collide. The endpoint's
-thread answers while a collective hangs. The JSONL has the clock and the attempt in each line and lasts after the run.
+thread answers while a collective hangs. The JSONL has the clock and the attempt in each line and lasts after the run. What must not
+break: nothing is exported that is not in the table.
 """
 
 import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
 
-from trainer.metrics_table import BY_NAME, TABLE
-from trainer.state import write_atomically
+from trainer.metrics_table import BY_NAME
+from trainer.targets import Target
 
 disable_created_metrics()  # one more series per counter, that nobody asked for
 
@@ -21,56 +23,91 @@ disable_created_metrics()  # one more series per counter, that nobody asked for
 class Metrics:
     """The values of one rank, published together."""
 
-    def __init__(self, run: Path, rank: int, attempt: int, address: str, port: int):
-        self.run, self.rank, self.attempt = run, rank, attempt
+    def __init__(self, run: Path, rank: int, attempt: int, address: str, port: int, trackers: Sequence = ()):
+        self.run, self.rank, self.attempt, self.trackers = run, rank, attempt, list(trackers)
         self.registry = CollectorRegistry()
-        self._collectors = {m.name: _collector(m, self.registry) for m in TABLE if m.scope == "rank" or rank == 0}
+        self._collectors: dict = {}  # made when first set: a metric that never was must not be served as 0
         self._line: dict = {}
+        self._counted: dict[str, float] = {}  # totals that a checkpoint carries on
+        self._carried: dict[str, float] = {}
         self._server, self._thread = start_http_server(port + rank if port else 0, addr=address, registry=self.registry)
-        self._target = run / "targets" / f"rank{rank:05d}.json"
-        self._target.parent.mkdir(parents=True, exist_ok=True)
         self.endpoint = f"{address}:{self._server.server_port}"
         labels = {"run": run.name, "rank": str(rank), "attempt": str(attempt)}
-        write_atomically(self._target, json.dumps([{"targets": [self.endpoint], "labels": labels}]).encode())
+        self.target = Target(run, rank, self.endpoint, labels)
         self._log = open(run / "metrics.jsonl", "a") if rank == 0 else None
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge, or a counter's total; metrics of scope 'run' are dropped on other ranks than 0."""
-        collector = self._collectors.get(name)
-        if collector is None:
-            assert name in BY_NAME, f"{name} is not in trainer/metrics_table.py"
+        metric = BY_NAME.get(name)
+        assert metric is not None, f"{name} is not in trainer/metrics_table.py"
+        if metric.scope == "run" and self.rank != 0:
             return
-        child = collector.labels(**labels) if labels else collector
-        if BY_NAME[name].type == "counter":
-            child.inc(max(0.0, value - self._line.get(name, 0.0)))
+        if name not in self._collectors:
+            self._collectors[name] = _collector(metric, self.registry)
+        child = self._collectors[name].labels(**labels) if labels else self._collectors[name]
+        values = self._line.setdefault(name, {}) if labels else self._line
+        key = ",".join(f"{k}={v}" for k, v in labels.items()) if labels else name
+        if metric.type == "counter":
+            child.inc(max(0.0, value - values.get(key, 0.0)))
         else:
             child.set(value)
-        if labels:
-            self._line.setdefault(name, {})[",".join(f"{k}={v}" for k, v in labels.items())] = value
-        else:
-            self._line[name] = value
+        values[key] = value
 
-    def publish(self) -> None:
-        """Append what is set to metrics.jsonl (rank 0)."""
-        if self._log is not None:
-            line = {"time": round(time.time(), 3), "attempt": self.attempt, **self._line}
-            self._log.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
-            self._log.flush()
+    def count(self, name: str, since_start: float) -> None:
+        """Set a counter to what was counted in this start of the run, on top of what earlier starts have counted."""
+        self._counted[name] = self._carried.get(name, 0) + since_start
+        self.set(name, self._counted[name])
+
+    def state(self) -> dict[str, float]:
+        """Return this rank's counted totals, for a checkpoint."""
+        return {**self._carried, **self._counted}
+
+    def load_state(self, saved: dict, world: int) -> None:
+        """Go on from the totals of a checkpoint, {} for none: on as many ranks each its own, else equal shares of the sums."""
+        ranks = saved.get("ranks", [])
+        if len(ranks) == world:
+            self._carried = dict(ranks[self.rank])
+            return
+        for name in {name for one in ranks for name in one}:
+            total = sum(one.get(name, 0) for one in ranks)
+            share = total // world + (self.rank < total % world) if isinstance(total, int) else total / world
+            self._carried[name] = share
+
+    def publish(self, clock: int) -> None:
+        """Append what is set to metrics.jsonl (rank 0), and hand it to the trackers."""
+        if self._log is None:
+            return
+        line = {"time": round(time.time(), 3), "attempt": self.attempt, **self._line}
+        self._log.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
+        self._log.flush()
+        for tracker in self.trackers:
+            tracker.log(clock, _flat(self._line))
 
     def close(self) -> None:
         """Withdraw the endpoint and its announcement."""
-        self._target.unlink(missing_ok=True)
+        self.target.withdraw()
         self._server.shutdown()
         self._server.server_close()
         if self._log is not None:
             os.fsync(self._log.fileno())
             self._log.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _collector(metric, registry):
     if metric.type == "counter":
         return Counter(metric.name.removesuffix("_total"), metric.help, metric.labels, registry=registry)
     return Gauge(metric.name, metric.help, metric.labels, registry=registry)
+
+
+def _flat(line: dict) -> dict[str, float]:
+    """Return one number per series, named as Prometheus would write it."""
+    flat = {}
+    for name, value in line.items():
+        for labels, number in value.items() if isinstance(value, dict) else [("", value)]:
+            flat[f"{name}/{labels}" if labels else name] = number
+    return flat
 
 
 def _without_nan(value):

@@ -1,9 +1,12 @@
 """What a device could do at best: the peaks that utilisation (MFU) and predictions are stated against. Imports nothing."""
 
-# Dense matrix FLOP/s of one device without sparsity, from NVIDIA's data sheets; first match of the device's name wins.
+# Dense matrix FLOP/s of one device without sparsity (fp32: TF32 on tensor cores, on V100 plain fp32); first match of the name wins.
+# From NVIDIA's data sheets: DGX B200 (2024), H200 (2024), H100 (2023: SXM, PCIe, NVL), L40S (2023), A100 (2022), V100 (2020);
+# where a sheet gives the sparse figure, half of it.
 PEAK_FLOPS = (
     ("B200", {"fp32": 1.125e15, "bf16": 2.25e15, "fp16": 2.25e15}),
     ("H200", {"fp32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}),
+    ("H100 NVL", {"fp32": 417.5e12, "bf16": 835.5e12, "fp16": 835.5e12}),
     ("H100 PCIe", {"fp32": 378e12, "bf16": 756e12, "fp16": 756e12}),
     ("H100", {"fp32": 494.7e12, "bf16": 989.4e12, "fp16": 989.4e12}),
     ("L40S", {"fp32": 183e12, "bf16": 362e12, "fp16": 362e12}),

@@ -75,8 +75,11 @@ class Run:
         m = config.metrics
         self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port)
         self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
-        per_image = flops.count(to_dict(config)["model"]).training_flops_per_image
-        self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, per_image)
+        self.metrics.load_state(extras.get("metrics", {}), self.world)
+        cost = flops.count(to_dict(config)["model"])
+        self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, cost)
+        self.metrics.count("evenkeel_snapshots_written_total", 0)
+        self._note_durable(self.clock)
         self.state.write(status="running", clock=self.clock)
 
     def _group(self, timeout: timedelta):
@@ -150,6 +153,7 @@ class Run:
                 dropout_mask=self.examples.dropout_mask(e.positions),
                 collect=collect,
             )
+        self.metrics.set("evenkeel_last_forward_timestamp_seconds", time.time())
         with self.phase("backward", remark):
             self.engine.backward(losses.sum())
         self.meter.losses(e.positions, losses, parts)
@@ -163,8 +167,7 @@ class Run:
                 (f.name, f.shape, f.start, t.cpu().clone()) for f, t in zip(self.engine.owned(), average, strict=False)
             ]
             self.snapshots.submit(self.clock, sigma_rel, pieces, self.engine.buffers())
-        self.metrics.set("evenkeel_snapshot_stall_seconds", time.perf_counter() - started)
-        self.metrics.set("evenkeel_snapshots_written_total", self.snapshots.written)
+        self._note_stall("snapshot", started)
         self.watchdog.alive("vote")
 
     def save(self) -> None:
@@ -178,12 +181,21 @@ class Run:
         except OSError as error:  # of the save before
             self.say(f"warning: {error}")
             self.checkpoints.save(self.clock, self.state.attempt, extras)
-        self.metrics.set("evenkeel_checkpoint_stall_seconds", time.perf_counter() - started)
+        self._note_stall("checkpoint", started)
         self.watchdog.alive("vote")
 
+    def _note_stall(self, what: str, started: float) -> None:
+        seconds = time.perf_counter() - started
+        self.metrics.set(f"evenkeel_{what}_stall_seconds", seconds)
+        self.meter.phases.host[what] += seconds
+
     def _extras(self) -> dict:
-        """Return what truly is state besides the tensors: bad steps so far, the union of the ranks' quarantine; collective."""
+        """Return what truly is state besides the tensors: bad steps, what was counted, the union of the quarantines; collective."""
         extras = {"version": 1, "nonfinite_steps": int(self.engine.optimizer.num_nonfinite)}
+        self.meter.count_data()
+        counted = [None] * self.world
+        dist.all_gather_object(counted, self.metrics.state())
+        extras["metrics"] = {"version": 1, "ranks": counted}
         if self.config.data.on_bad == "replace":
             everyone = [None] * self.world
             dist.all_gather_object(everyone, self.examples.source.state())
@@ -192,11 +204,20 @@ class Run:
             self.examples.source.load_state(extras["quarantine"])  # as a resumed run does: this one goes on alike
         return extras
 
+    def _note_durable(self, clock: int) -> None:
+        manifest = self.folder / "checkpoints" / f"{clock:010d}" / "manifest.json"
+        written = manifest.stat().st_mtime if manifest.is_file() else time.time()
+        self.metrics.set("evenkeel_checkpoint_clock_images", clock)
+        self.metrics.set("evenkeel_checkpoint_timestamp_seconds", written)
+        self.noted_durable = clock
+
     def note_progress(self) -> None:
         """Tell others the clock and what is durable."""
         self.watchdog.alive("state")
         durable = max(self.checkpoints.durable, self.state.values["last_checkpoint"])
-        self.metrics.set("evenkeel_checkpoint_clock_images", durable)
+        if durable != self.noted_durable:
+            self._note_durable(durable)
+        self.metrics.count("evenkeel_snapshots_written_total", self.snapshots.written)
         self.state.write(clock=self.clock, last_checkpoint=durable)
         self.watchdog.alive("vote")
 
