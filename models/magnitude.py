@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import winograd
+
 EPS = 1e-4  # added to the RMS, not to its square (Algorithm 1 of the paper; facts measured on the reference)
 SILU_RMS = 0.596  # RMS of silu(x) for x ~ N(0, 1), rounded as in the paper (Eq. 81)
 
@@ -104,6 +106,7 @@ class MPConv(nn.Module):
     """
 
     normalized = ("weight",)  # the parameters whose rows (index 0) the optimizer keeps at RMS 1 - EPS
+    winograd = False  # models.winograd.use_ says otherwise where the network is compiled for a CPU
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...] = ()):
         super().__init__()
@@ -116,6 +119,10 @@ class MPConv(nn.Module):
     def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
         """Apply the layer to [N, in, *space] (or [N, in]); `gain` is a number or a tensor of shape [1]."""
         scale = gain * self.scale
+        if self.winograd and isinstance(scale, float) and winograd.suits(x, self.weight):
+            return winograd.conv3x3(
+                x, self.weight, scale
+            )  # the scale goes into the transformed filters: no copy of the weight
         if x.dtype == self.weight.dtype and x.numel() < self.weight.numel():
             # where the weight is the larger operand (low resolutions), scale the input: the weight is then used as it is,
             # which saves a copy of it in the forward, another one kept for the backward, and a pass over its gradient

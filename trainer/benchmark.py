@@ -18,6 +18,7 @@ from rich.table import Table
 
 from models.magnitude import MPConv, normalize
 from trainer import flops
+from trainer.compilation import compile_forward
 from trainer.config import ROOT, to_dict
 from trainer.ema import ShardedEma
 from trainer.engine import build_denoiser
@@ -71,9 +72,7 @@ class Step:
                     p.fill_(0.3)
         self.denoiser = self.module
         if way == "compiled":
-            # the network has chosen each layer's memory format; Inductor would force channels_last on all of them on a CPU
-            options = {"layout_optimization": False, "cpp_wrapper": True}
-            self.denoiser = torch.compile(self.module, fullgraph=True, options=options)
+            self.denoiser = compile_forward(self.module)
         self.fragments = whole_fragments(self.module)
         self.adam = torch.optim.Adam(self.module.parameters(), betas=(0.9, 0.99), fused=True)
         self.optimizer = MagnitudeAdam(self.adam, self.fragments, ShardedEma(self.fragments, SIGMA_REL))

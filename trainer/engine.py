@@ -17,6 +17,7 @@ import torch.distributed as dist
 from models import denoiser
 from models.edm2 import Block
 from models.magnitude import normalize_rows_
+from trainer.compilation import compile_forward
 from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
 from trainer.optimizer import Fragment, MagnitudeAdam, row_length, whole_fragments
@@ -141,7 +142,7 @@ class Engine:
             # they share one code object, of which torch would compile eight variants and no more
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(parts))
         for part in parts:
-            part.forward = torch.compile(part.forward, fullgraph=True)
+            part.forward = compile_forward(part)
 
     def _deepspeed_config(self) -> dict:
         total = sum(math.prod(shape) for shape in self.shapes.values())
