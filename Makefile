@@ -41,6 +41,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark
 	OMP_NUM_THREADS=1 $(PY) -m data_pipeline.benchmark
+	OMP_NUM_THREADS=1 $(PY) -m trainer.posthoc_benchmark
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

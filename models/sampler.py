@@ -51,10 +51,19 @@ def ays_grid(name: str, num_steps: int = 10) -> Tensor:
 
     Other lengths than 10 interpolate ln sigma linearly.
     """
-    _check_steps(num_steps)
     if name not in ALIGN_YOUR_STEPS:
         raise ValueError(f"grid ays-{name}: published ones are {', '.join('ays-' + n for n in ALIGN_YOUR_STEPS)}")
-    logs = torch.tensor(ALIGN_YOUR_STEPS[name], dtype=torch.float64).log()
+    return from_levels(ALIGN_YOUR_STEPS[name], num_steps)
+
+
+def from_levels(levels: Sequence[float], num_steps: int) -> Tensor:
+    """Return the grid of `num_steps` that falls through `levels`, its lowest replaced by 0; ln sigma is interpolated linearly."""
+    _check_steps(num_steps)
+    logs = torch.tensor(levels, dtype=torch.float64).log()
+    if len(levels) < 2 or not torch.isfinite(logs).all() or not (logs.diff() < 0).all():
+        raise ValueError(
+            "a grid's levels must be positive and fall, two of them at least; compute one with trainer.align"
+        )
     where = torch.linspace(0, len(logs) - 1, num_steps + 1, dtype=torch.float64)[:-1]
     low = where.floor().long().clamp(max=len(logs) - 2)
     return _ended(torch.lerp(logs[low], logs[low + 1], where - low).exp())

@@ -5,6 +5,7 @@ i = n label_dim + c is the n-th image of class c whatever classes, batches, rank
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import io
@@ -40,6 +41,7 @@ class Settings:
     seed: int = 0
     solver: str = "heun"
     grid: str = "edm"
+    levels: tuple[float, ...] = ()  # of a grid from a file, falling
     steps: int = 32
     sigma_min: float = 0.002  # Karras et al. 2022, Table 1
     sigma_max: float = 80.0
@@ -57,13 +59,21 @@ class Drawing:
         self.codec_weights = codec_weights
         self.shape = (header["model"]["channels"], header["model"]["resolution"], header["model"]["resolution"])
         self.label_dim = header["model"]["label_dim"]
-        self.sigmas = sampler.grid(
-            settings.grid, settings.steps, settings.sigma_min, settings.sigma_max, network.sigma_data
-        )
+        if settings.levels:
+            self.sigmas = sampler.from_levels(settings.levels, settings.steps)
+        else:
+            ends = settings.sigma_min, settings.sigma_max
+            self.sigmas = sampler.grid(settings.grid, settings.steps, *ends, network.sigma_data)
         if settings.solver not in sampler.SOLVERS:
             raise ValueError(f"solver {settings.solver!r}: known are {', '.join(sampler.SOLVERS)}")
         if settings.churn and settings.solver != "heun":
             raise ValueError(f"churn={settings.churn}: only heun has a stochastic form; use --solver heun")
+
+    def with_grid(self, sigmas: Tensor, settings: Settings | None = None) -> "Drawing":
+        """Return the same on another grid, and perhaps by another solver."""
+        other = copy.copy(self)
+        other.sigmas, other.settings = sigmas, settings or self.settings
+        return other
 
     @functools.cached_property
     def codec(self):
@@ -204,8 +214,10 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sigma-rel", type=float, default=DEFAULT_SIGMA_REL, help="of a RUN: the nearest is taken")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--solver", default=defaults.solver, help=", ".join(sampler.SOLVERS))
-    parser.add_argument("--grid", default=defaults.grid, help="edm, cosine, ays-..., fastddpm-...")
-    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument(
+        "--grid", default=defaults.grid, help="edm, cosine, ays-..., fastddpm-..., FILE.json of trainer.align"
+    )
+    parser.add_argument("--steps", type=int, help=f"default {defaults.steps}, or what the grid's file was made for")
     parser.add_argument("--sigma-min", type=float, default=defaults.sigma_min)
     parser.add_argument("--sigma-max", type=float, default=defaults.sigma_max)
     parser.add_argument("--churn", type=float, default=defaults.churn, help="S_churn of EDM; 0: deterministic")
@@ -228,8 +240,24 @@ def settings_of(options: argparse.Namespace) -> Settings:
         )
     if options.batch < 1:
         raise ValueError(f"--batch {options.batch}: must be at least 1")
-    shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings) if f.name != "interval"}
-    return Settings(**shared, interval=tuple(options.guidance_interval or Settings.interval))
+    names = {f.name for f in dataclasses.fields(Settings)} - {"interval", "levels", "steps"}
+    levels = _read_grid(Path(options.grid)) if options.grid.endswith(".json") else ()
+    steps = options.steps if options.steps is not None else len(levels) - 1 if levels else Settings.steps
+    interval = tuple(options.guidance_interval or Settings.interval)
+    return Settings(**{n: getattr(options, n) for n in names}, levels=levels, steps=steps, interval=interval)
+
+
+def _read_grid(path: Path) -> tuple[float, ...]:
+    """Return the levels in a file of trainer.align; raise ValueError for another one."""
+    try:
+        found = json.loads(path.read_text())
+        if found["version"] != 1:
+            raise ValueError(f"version {found['version']} is newer than this program")
+        return tuple(float(s) for s in found["sigmas"])
+    except FileNotFoundError:
+        raise ValueError(f"--grid {path}: no such file; make one with: python -m trainer.align") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--grid {path}: no grid of trainer.align ({error})") from None
 
 
 def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) -> tuple[Drawing, dict]:
@@ -247,6 +275,9 @@ def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) ->
         origin["guide"] = {"snapshot": guide_path.name, **_identity(guide_header)}
     elif options.guide == "self":
         origin["guide"] = "self"
+    levels = origin.pop("levels")
+    if levels:
+        origin["levels"] = list(levels)
     origin["interval"] = [str(v) for v in settings.interval]  # JSON has no infinity
     return Drawing(network, header, settings, guide, options.device, options.codec_weights), origin
 
