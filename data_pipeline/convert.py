@@ -6,23 +6,25 @@
 
 Shard boundaries are kept, so that both containers give the same order and the same stream. Every sample is checked against its hash
 when it is read; what was written is read back before it gets its name. Lossless: an EDM2 zip holds float32 (fp16 fits exactly), PNG
-for pixels; `--dtype float16` rounds, and says so by its name.
+for pixels; `--dtype float16` rounds, and says so by its name. A job that was killed goes on at the first missing shard (a zip is
+one file and starts over).
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from data_pipeline import adopt, index, manifest, mds, npy, order, sources, wds
+from data_pipeline import adopt, index, manifest, mds, npy, order, records, sources, wds
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.measure import Statistics
 from data_pipeline.npy import Layout
@@ -39,6 +41,7 @@ class Input:
     sizes: list[int]
     read: Callable[[int], Iterator[tuple[str, np.ndarray, int]]]
     codec: str
+    content: object  # plain data that names the samples, by which a restarted job knows its own work
     known: Manifest | None = None  # of a dataset of ours: codec, whitening and classes carry over
 
 
@@ -55,7 +58,7 @@ def open_shards(folder: Path, codec: str | None) -> Input:
                 raise ValueError(f"{files[number]} does not have {shard.bytes} bytes as in the manifest; restore it")
             return rows, Layout(m.dtype, m.shape)
 
-        sizes = [shard.samples for shard in m.shards]
+        sizes, content = [shard.samples for shard in m.shards], m.digest
     else:
         if codec is None:
             raise ValueError(f"{folder} has no manifest; say which codec made it with --codec")
@@ -63,6 +66,7 @@ def open_shards(folder: Path, codec: str | None) -> Input:
         container, files = adopt.find_shards(folder)
         walked = [wds.index_shard(file, container) for file in files]
         rows_of, sizes = walked.__getitem__, [len(rows) for rows, _ in walked]
+        content = [xxhash.xxh3_64_hexdigest(index.to_bytes(rows)) for rows, _ in walked]
 
     def read(number: int):
         rows, layout = rows_of(number)
@@ -76,7 +80,7 @@ def open_shards(folder: Path, codec: str | None) -> Input:
                 )
             yield key, layout.view(payload), int(row["label"])
 
-    return Input(folder.name, sizes, read, m.codec if m else codec, m)
+    return Input(folder.name, sizes, read, m.codec if m else codec, content, m)
 
 
 def open_zip(path: Path, codec: str | None, samples_per_shard: int, shuffle: bool = True) -> Input:
@@ -117,7 +121,10 @@ def open_zip(path: Path, codec: str | None, samples_per_shard: int, shuffle: boo
             yield f"{i:08d}", array, numbers[i]
 
     sizes = [min(samples_per_shard, len(names) - k) for k in range(0, len(names), samples_per_shard)]
-    return Input(path.name, sizes, read, codec or ("sd-vae-ft-mse" if arrays else "pixels"))
+    content = [[names[i], archive.getinfo(names[i]).CRC, numbers[i]] for i in sequence.tolist()]
+    return Input(
+        path.name, sizes, read, codec or ("sd-vae-ft-mse" if arrays else "pixels"), [samples_per_shard, content]
+    )
 
 
 def _read_alike(
@@ -148,45 +155,73 @@ def _write_shard(folder: Path, name: str, container: str, samples, layout: Layou
         sha256 = index.write(folder / manifest.index_name(name), rows)
         shard = Shard(name, len(rows), temporary.stat().st_size, wds.hash_file(temporary), sha256)
         os.replace(temporary, folder / name)
+        manifest.sync_folder(folder)
     finally:
         temporary.unlink(missing_ok=True)
     return shard
 
 
+def _convert_shard(
+    source: Input, number: int, folder: Path, container: str, dtype: str | None, first: tuple | None
+) -> dict:
+    """Make one shard; return its record."""
+    samples = _read_alike(source, number, dtype, first)
+    _, array, label = samples[0]
+    first = first or (Layout(str(array.dtype), array.shape), label != index.NO_LABEL)
+    name = f"shard-{number:06d}.tar" if container == "webdataset" else f"shard.{number:05d}.mds"
+    shard = _write_shard(folder, name, container, samples, *first)
+    statistics = Statistics()
+    for _, array, label in samples:
+        statistics.add(array, label)
+    made = {"dtype": first[0].dtype, "shape": list(first[0].shape), "labelled": first[1]}
+    return asdict(shard) | made | {"statistics": statistics.to_json()}
+
+
 def write_folder(
     source: Input, folder: Path, container: str, dtype: str | None, label_dim: int | None = None
 ) -> Manifest:
-    """Write shards, indices and, last, the manifest."""
+    """Write the shards and indices that are missing and, last, the manifest."""
+    settings = [source.name, source.codec, container, dtype, label_dim, source.content]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     if (folder / manifest.NAME).exists():
-        raise ValueError(f"{folder} holds a dataset already; delete it or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    statistics, shards, first = Statistics(), [], None
+        found = manifest.load(folder)
+        if found.fingerprint != fingerprint:
+            raise ValueError(f"{folder} holds a dataset already; delete it or name another folder")
+        records.clear(folder)  # of a job that was killed at its very end
+        return found
+    records.start(folder)
+    known, first = [], None
     with Progress("convert", sum(source.sizes), "samples") as progress:
         for number in range(len(source.sizes)):
-            samples = _read_alike(source, number, dtype, first)
-            _, array, label = samples[0]
-            first = first or (Layout(str(array.dtype), array.shape), label != index.NO_LABEL)
-            name = f"shard-{number:06d}.tar" if container == "webdataset" else f"shard.{number:05d}.mds"
-            shards.append(_write_shard(folder, name, container, samples, *first))
-            of_shard = Statistics()
-            for _, array, label in samples:
-                of_shard.add(array, label)
-            statistics.merge(of_shard)
-            progress.advance(len(samples))
-    layout, labelled = first
+            record = records.read(folder, number, fingerprint)
+            if record is None:
+                record = _convert_shard(source, number, folder, container, dtype, first)
+                records.write(folder, number, fingerprint, record)
+            first = (Layout(record["dtype"], tuple(record["shape"])), record["labelled"])
+            known.append(record)
+            progress.advance(record["samples"])
+    made = _manifest(source, known, container, label_dim, fingerprint)
     if container == "mds":
-        manifest.write_atomically(folder / "index.json", mds.index_json(shards, layout, labelled))
-    common = {"layout": layout, "shards": shards, "container": container, "source": source.name}
-    made = statistics.manifest(codec=source.codec, codec_hash="", label_dim=label_dim, **common)
-    if m := source.known:
-        carried = {
-            "codec_hash": m.codec_hash,
-            "moments": m.moments,
-            "label_dim": m.label_dim,
-            "class_counts": m.class_counts,
-        }
-        made = replace(made, **carried, mean=m.mean, std=m.std, whitening=m.whitening, broken=m.broken)
+        manifest.write_atomically(folder / "index.json", mds.index_json(made.shards, *first))
     manifest.save(made, folder)
+    records.clear(folder)
+    return made
+
+
+def _manifest(source: Input, known: list[dict], container: str, label_dim: int | None, fingerprint: str) -> Manifest:
+    """Assemble the manifest from the shards' records; what the source's own manifest knows carries over."""
+    statistics = Statistics()
+    for record in known:
+        statistics.merge(Statistics.from_json(record["statistics"]))
+    shards = [Shard(**{f.name: record[f.name] for f in fields(Shard)}) for record in known]
+    layout = Layout(known[0]["dtype"], tuple(known[0]["shape"]))
+    common = {"layout": layout, "shards": shards, "container": container, "source": source.name}
+    made = statistics.manifest(
+        codec=source.codec, codec_hash="", label_dim=label_dim, fingerprint=fingerprint, **common
+    )
+    if m := source.known:
+        names = ("codec_hash", "moments", "label_dim", "class_counts", "mean", "std", "whitening", "broken")
+        made = replace(made, **{name: getattr(m, name) for name in names})
     return made
 
 

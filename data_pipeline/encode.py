@@ -12,21 +12,19 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import index, manifest, order, sources
+from data_pipeline import index, manifest, order, records, sources
 from data_pipeline.manifest import Shard
 from data_pipeline.measure import Statistics
 from data_pipeline.npy import Layout
 from data_pipeline.progress import Progress
 from data_pipeline.sources import BrokenImage
 
-RECORDS = ".encoding"  # the folder of what is known of finished shards, until the manifest is written
 MICRO_BATCH = 16  # images through the codec at once
 
 
@@ -142,36 +140,19 @@ def write_shard(job: Job, number: int, folder: Path, progress: Progress):
     finally:
         temporary.unlink(missing_ok=True)
     progress.advance(len(broken))
-    record |= {"fingerprint": job.fingerprint, "broken": broken, "statistics": statistics.to_json()}
-    manifest.write_atomically(_record_path(folder, number), json.dumps(record).encode())
-
-
-def _record_path(folder: Path, number: int) -> Path:
-    return folder / RECORDS / f"{number:06d}.json"
-
-
-def finished(job: Job, number: int, folder: Path) -> dict | None:
-    """Return the record of a shard that this very job has finished before, if it has."""
-    try:
-        record = json.loads(_record_path(folder, number).read_bytes())
-        if record["fingerprint"] != job.fingerprint:
-            return None
-        if record["samples"] and (folder / record["name"]).stat().st_size != record["bytes"]:
-            return None
-        return record
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent, or from a job that was killed: made again
+    record |= {"broken": broken, "statistics": statistics.to_json()}
+    records.write(folder, number, job.fingerprint, record)
 
 
 def assemble(job: Job, folder: Path) -> manifest.Manifest | None:
     """Write the manifest if every shard is there; drop the records."""
-    records = [finished(job, number, folder) for number in range(job.num_shards)]
-    if any(record is None for record in records):
+    known = [records.read(folder, number, job.fingerprint) for number in range(job.num_shards)]
+    if any(record is None for record in known):
         return None
     statistics = Statistics()
-    full = [record for record in records if record["samples"]]
+    full = [record for record in known if record["samples"]]
     if not full:
-        raise ValueError(f"no image of {job.images.name} could be read; the first: {records[0]['broken'][0]}")
+        raise ValueError(f"no image of {job.images.name} could be read; the first: {known[0]['broken'][0]}")
     for record in full:
         statistics.merge(Statistics.from_json(record["statistics"]))
     layouts = {(record["dtype"], tuple(record["shape"])) for record in full}
@@ -186,13 +167,10 @@ def assemble(job: Job, folder: Path) -> manifest.Manifest | None:
         label_dim=job.label_dim,
         source=job.images.name,
         fingerprint=job.fingerprint,
-        broken=tuple(line for record in records for line in record["broken"]),
+        broken=tuple(line for record in known for line in record["broken"]),
     )
     manifest.save(made, folder)
-    # Another part may finish at the same moment; it has written the same manifest.
-    shutil.rmtree(folder / RECORDS, ignore_errors=True)
-    for leftover in folder.glob(".*.tmp"):  # of jobs that were killed
-        leftover.unlink(missing_ok=True)
+    records.clear(folder)  # another part may finish at the same moment: it has written the same manifest
     return made
 
 
@@ -206,9 +184,9 @@ def encode(job: Job, folder: Path, part: tuple[int, int] = (0, 1)) -> manifest.M
             )
         print(f"{folder} is up to date: {found.num_samples} samples in {len(found.shards)} shards")
         return found
-    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    records.start(folder)
     mine = range(part[0], job.num_shards, part[1])
-    todo = [number for number in mine if finished(job, number, folder) is None]
+    todo = [number for number in mine if records.read(folder, number, job.fingerprint) is None]
     if len(todo) < len(mine):
         print(f"{len(mine) - len(todo)} of {len(mine)} shards are there; making the others")
     with Progress("encode", sum(len(job.numbers(number)) for number in todo), "images") as progress:

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -109,6 +111,58 @@ def test_what_is_known_carries_over(tmp_path):
         "dtype",
     ):
         assert getattr(found, name) == getattr(known, name)
+
+
+@pytest.mark.parametrize("form", ["mds", pytest.param("webdataset", marks=pytest.mark.slow)])
+def test_a_killed_job_goes_on_where_it_was(tmp_path, form):
+    """SIGKILL in the middle of a shard: the next start makes only what is missing, and the same bytes."""
+    make_dataset(tmp_path / "tar", sizes=(5, 4, 3, 2))
+    arguments = [str(tmp_path / "tar"), str(tmp_path / "d"), "--format", form]
+    assert run(tmp_path / "tar", tmp_path / "one", "--format", form) == 0
+    slow = (
+        "import os, sys; from data_pipeline import convert, index\n"
+        "real, made = index.write, []\n"
+        "def write(*a):\n"
+        "    if len(made) == 2: print('now', flush=True); sys.stdin.read()\n"
+        "    made.append(a); return real(*a)\n"
+        "index.write = write; sys.exit(convert.main(sys.argv[1:]))"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", slow, *arguments], **pipes, text=True) as process:
+        assert process.stdout.readline() == "now\n"
+        process.kill()
+    shards = [s.name for s in manifest.load(tmp_path / "one").shards]
+    times = {name: (tmp_path / "d" / name).stat().st_mtime_ns for name in shards[:2]}
+    assert not (tmp_path / "d" / shards[2]).exists() and list((tmp_path / "d").glob(".*.tmp"))
+    assert run(*arguments) == 0
+    assert {name: (tmp_path / "d" / name).stat().st_mtime_ns for name in shards[:2]} == times
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "d" / path.name).read_bytes() == path.read_bytes(), path.name
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()}
+    assert run(*arguments) == 0 and {p: p.stat().st_mtime_ns for p in (tmp_path / "d").iterdir()} == before
+    assert run(*arguments, "--label-dim", "9") == 2  # another job
+
+
+def test_another_jobs_leavings_are_made_anew(tmp_path):
+    """Same names, other samples: a record of another source or setting must not count."""
+    make_dataset(tmp_path / "a" / "data", seed=1)
+    make_dataset(tmp_path / "b" / "data", seed=2)
+    source = convert.open_shards(tmp_path / "a" / "data", None)
+    real, count = source.read, []
+
+    def read(number):
+        count.append(number)
+        if number == 2:
+            raise ValueError("stopped")
+        return real(number)
+
+    source.read = read
+    with pytest.raises(ValueError, match="stopped"):
+        convert.write_folder(source, tmp_path / "d", "mds", None)
+    assert run(tmp_path / "b" / "data", tmp_path / "d", "--format", "mds") == 0
+    assert run(tmp_path / "b" / "data", tmp_path / "one", "--format", "mds") == 0
+    assert (tmp_path / "d" / "manifest.json").read_bytes() == (tmp_path / "one" / "manifest.json").read_bytes()
 
 
 def test_damage_is_found_on_the_way(tmp_path, capsys):

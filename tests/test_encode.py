@@ -165,6 +165,39 @@ def test_killed_job_continues_where_it_was(tmp_path):
     assert (tmp_path / "killed" / "manifest.json").read_bytes() == (tmp_path / "one" / "manifest.json").read_bytes()
 
 
+@pytest.mark.slow  # five processes import torch
+def test_three_processes_share_the_work_though_one_is_killed(tmp_path):
+    """A job array of three, at once, one of them killed and started again: the dataset of one job, byte for byte."""
+    folder = make_folder(tmp_path / "folder")
+    arguments = ["--resolution", "8", "--samples-per-shard", "1"]
+    assert run(folder, tmp_path / "one", *arguments) == 0
+    slow = (
+        "import sys, time; from data_pipeline import encode, sources\n"
+        "real = sources.decode_image\n"
+        "sources.decode_image = lambda file: (time.sleep(0.3), real(file))[1]\n"
+        "sys.exit(encode.main(sys.argv[1:]))"
+    )
+    shared = tmp_path / "shared"
+
+    def start(part):
+        command = [sys.executable, "-c", slow, str(folder), str(shared), *arguments, "--part", f"{part}/3"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    parts = [start(part) for part in range(3)]
+    deadline = time.monotonic() + 120
+    while not (shared / "shard-000001.tar").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    parts[1].kill()
+    said = [part.communicate()[0] for part in parts]
+    assert [part.returncode for part in parts] == [0, -9, 0]
+    assert not (shared / "manifest.json").exists() and "the last part to finish" in said[0]
+    again = [start(1), start(2)]  # the killed one, and one that has nothing left to do
+    said = [part.communicate()[0] for part in again]
+    assert [part.returncode for part in again] == [0, 0], said
+    assert content(shared) == content(tmp_path / "one")
+    assert (shared / "manifest.json").read_bytes() == (tmp_path / "one" / "manifest.json").read_bytes()
+
+
 def test_broken_images_stop_or_are_listed(tmp_path, capsys):
     folder = make_folder(tmp_path / "folder")
     (folder / NAMES[3]).write_bytes(picture(3)[:60])
