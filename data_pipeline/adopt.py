@@ -2,7 +2,8 @@
 
     python -m data_pipeline.adopt data/latents --codec sd-vae-ft-mse
 
-Nothing is copied: an index goes beside each shard, and a manifest. `wds.open_source` does the same on first use.
+Nothing is copied: an index goes beside each shard, and a manifest. (Compressed MDS shards are unpacked beside themselves.)
+`wds.open_source` does the same on first use.
 """
 
 import argparse
@@ -33,10 +34,10 @@ def alone(folder: Path):
         os.close(descriptor)
 
 
-def find_shards(folder: Path) -> tuple[str, list[Path]]:
-    """Return the container and the shards of a folder, in their order."""
+def find_shards(folder: Path, unpacking: bool = True) -> tuple[str, list[Path]]:
+    """Return the container and the shards of a folder, in their order; compressed MDS shards are unpacked, or refused."""
     if (folder / "index.json").exists():
-        return "mds", mds.list_shards(folder)
+        return "mds", mds.list_shards(folder, unpacking)
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise ValueError(f"{folder} has no .tar files and no MDS index.json; give the folder that holds the shards")

@@ -63,7 +63,7 @@ def open_shards(folder: Path, codec: str | None) -> Input:
         if codec is None:
             raise ValueError(f"{folder} has no manifest; say which codec made it with --codec")
         m = None
-        container, files = adopt.find_shards(folder)
+        container, files = adopt.find_shards(folder, unpacking=False)
         walked = [wds.index_shard(file, container) for file in files]
         rows_of, sizes = walked.__getitem__, [len(rows) for rows, _ in walked]
         content = [xxhash.xxh3_64_hexdigest(index.to_bytes(rows)) for rows, _ in walked]

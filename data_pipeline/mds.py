@@ -20,6 +20,7 @@ import xxhash
 
 from data_pipeline import index, npy
 from data_pipeline.index import NO_LABEL
+from data_pipeline.unpack import unpack
 
 _MAX_CONFIG = 2**20
 _INTEGERS = {"int": "<i8"} | {
@@ -148,23 +149,30 @@ def index_mds(path) -> tuple[np.ndarray, npy.Layout]:
 # index.json, which names the shards
 
 
-def list_shards(folder: Path) -> list[Path]:
-    """Return the shards that index.json names, in its order; refuse compressed ones."""
+def list_shards(folder: Path, unpacking: bool = True) -> list[Path]:
+    """Return the shards that index.json names, in its order; those that are there compressed only are unpacked now, or refused."""
     path = folder / "index.json"
+    plain_name = re.compile(r"[\w.-]+\.mds(\.\w+)?")
     try:
         shards = json.loads(path.read_bytes())["shards"]
-        names = [shard["raw_data"]["basename"] for shard in shards]
-        compressed = [shard["raw_data"]["basename"] for shard in shards if shard.get("zip_data")]
+        files = [(shard["raw_data"], shard.get("zip_data")) for shard in shards]
+        names = [name for pair in files for name in (file["basename"] for file in pair if file)]
+        sizes = [(raw.get("bytes", 0), dict(raw.get("hashes") or {})) for raw, _ in files]
+        if not all(type(size) is int for size, _ in sizes):
+            raise ValueError("a size is no integer")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is no index of MDS shards; restore it") from None
-    missing = [name for name in compressed if not (folder / name).exists()]
-    if missing:
-        raise ValueError(
-            f"{folder}: {len(missing)} shards are compressed ({missing[0]}); decompress them: fp16 shrinks by 8 % only"
-        )
-    if not names or not all(isinstance(n, str) and re.fullmatch(r"[\w.-]+\.mds", n) for n in names):
+    if not names or not all(isinstance(n, str) and plain_name.fullmatch(n) for n in names):
         raise ValueError(f"{path} names no shards, or some in other folders; give a folder of .mds files")
-    return [folder / name for name in names]
+    for (raw, packed), (size, hashes) in zip(files, sizes):
+        target = folder / raw["basename"]
+        if packed and not target.exists():
+            if not unpacking:
+                raise ValueError(
+                    f"{target} is there compressed only; unpack it with: python -m data_pipeline.adopt {folder}"
+                )
+            unpack(folder / packed["basename"], target, size, hashes)
+    return [folder / raw["basename"] for raw, _ in files]
 
 
 def columns(layout: npy.Layout, labelled: bool) -> dict[str, str]:

@@ -225,7 +225,7 @@ def open_source(
     if (
         folder.is_dir()
         and not (folder / manifest.NAME).exists()
-        and (any(folder.glob("*.tar")) or any(folder.glob("*.mds")))
+        and (any(folder.glob("*.tar")) or any(folder.glob("*.mds")) or (folder / "index.json").exists())
     ):
         from data_pipeline.adopt import adopt
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import fetch, manifest, order, remote, wds
+from data_pipeline import convert, fetch, manifest, order, remote, wds
 from tests.shards import SHARDS, make_dataset
 
 N = sum(SHARDS)
@@ -120,6 +120,23 @@ def test_lasting_trouble_stops_or_is_replaced_in_bounded_time(server, tmp_path, 
         assert server.requests.count("shard-000001.tar") <= 2
     batch, counters = read(server, tmp_path, on_bad="replace", max_bad=7)
     assert len(batch.labels) == 2 * N and counters["quarantined_shards"] == 1
+
+
+@pytest.mark.parametrize("kind", [None, 404, 403, "cut", "flipped"])
+def test_mds_comes_the_same_way(dataset, tmp_path, kind):
+    convert.write_folder(convert.open_shards(dataset[0], None), tmp_path / "mds", "mds", None)
+    remote_mds = Server(tmp_path / "mds")
+    remote_mds.trouble["shard.00001.mds"] = lambda n: kind
+    try:
+        if kind is None:
+            assert torch.equal(read(remote_mds, tmp_path)[0].stored, dataset[1].stored)
+            return
+        with pytest.raises(ValueError, match="shard.00001.mds cannot be fetched"):
+            read(remote_mds, tmp_path)
+        _, counters = read(remote_mds, tmp_path, on_bad="replace", max_bad=7)
+        assert (counters["replaced"], counters["quarantined_shards"]) == (14, 1)
+    finally:
+        remote_mds.close()
 
 
 def test_a_copy_that_went_bad_is_fetched_again(dataset, server, tmp_path):

@@ -7,12 +7,13 @@ standard normals of default_rng(0), size_limit 3000, hashes xxh3_64.
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline import adopt, manifest, mds, npy, verify, wds
+from data_pipeline import adopt, convert, manifest, mds, npy, verify, wds
 from tests.shards import make_samples
 
 LIBRARY = Path(__file__).parent / "data" / "mds"
@@ -147,10 +148,92 @@ def test_adopt_command(tmp_path, capsys):
         ("{", "no index"),
         ('{"shards": []}', "names no shards"),
         ('{"shards": [{"raw_data": {"basename": "../x.mds"}}]}', "other folders"),
-        ('{"shards": [{"raw_data": {"basename": "x.mds"}, "zip_data": {"basename": "x.mds.zstd"}}]}', "compressed"),
+        ('{"shards": [{"raw_data": {"basename": "x.mds"}, "zip_data": {"basename": "../x.zstd"}}]}', "other folders"),
+        ('{"shards": [{"raw_data": {"basename": "x.mds", "bytes": "7"}}]}', "no index"),
+        ('{"shards": [{"raw_data": {"basename": "x.mds"}, "zip_data": {"basename": "x.mds.gz"}}]}', "restore one of"),
     ],
 )
 def test_bad_indices_are_one_line(tmp_path, content, words):
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         adopt.adopt(tmp_path, "mine")
+
+
+# -- compressed shards ------------------------------------------------------------------------------------------------------
+
+
+def pack(folder, suffix, compress):
+    """Make of plain shards what the library leaves behind with compression=SUFFIX: packed files, and both in index.json."""
+    path = folder / "index.json"
+    content = json.loads(path.read_text())
+    for shard in content["shards"]:
+        raw = folder / shard["raw_data"]["basename"]
+        packed = compress(raw.read_bytes())
+        shard["compression"] = suffix
+        shard["zip_data"] = {"basename": f"{raw.name}.{suffix}", "bytes": len(packed), "hashes": {}}
+        (folder / f"{raw.name}.{suffix}").write_bytes(packed)
+        raw.unlink()
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(params=["gz", "bz2", pytest.param("zstd", marks=pytest.mark.extras)])
+def packed(request, tmp_path):
+    shutil.copytree(LIBRARY, tmp_path / "d")
+    module = {"gz": "gzip", "bz2": "bz2", "zstd": "zstd"}[request.param]
+    pack(tmp_path / "d", request.param, pytest.importorskip(module).compress)
+    return tmp_path / "d", request.param
+
+
+def test_compressed_shards_are_unpacked_once(packed):
+    folder, _ = packed
+    with wds.open_source(folder, 4, 2, codec="mine") as source:
+        batch, ids = source.batch(np.arange(25)), source.sample_ids(np.arange(25))
+    samples = library_samples()
+    assert (batch.stored.numpy() == np.stack([samples[i][0] for i in ids])).all()
+    for path in LIBRARY.glob("*.mds"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    wds.open_source(folder, 4, 2).close()
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before and verify.main([str(folder)]) == 0
+
+
+def test_damaged_or_missing_packed_shards_are_one_line(packed):
+    folder, suffix = packed
+    path = folder / f"shard.00001.mds.{suffix}"
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    for damaged in (data[: len(data) // 2], bytes(flipped), b"", b"<html>", None):
+        path.unlink(missing_ok=True) if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="restore|holds") as error:
+            adopt.adopt(folder, "mine", progress=lambda text: None)
+        assert "\n" not in str(error.value) and not (folder / "manifest.json").exists()
+        assert not (folder / "shard.00001.mds").exists() and not list(folder.glob(".*.tmp"))
+
+
+def test_a_missing_decompressor_is_named(tmp_path, monkeypatch, capsys):
+    shutil.copytree(LIBRARY, tmp_path / "d")
+    pack(tmp_path / "d", "zstd", lambda data: data)
+    monkeypatch.setitem(sys.modules, "zstd", None)
+    assert adopt.main([str(tmp_path / "d"), "--codec", "mine"]) == 2
+    assert "pip install zstd" in capsys.readouterr().err
+    assert convert.main([str(tmp_path / "d"), str(tmp_path / "e"), "--format", "webdataset", "--codec", "mine"]) == 2
+    assert "data_pipeline.adopt" in capsys.readouterr().err
+
+
+@pytest.mark.extras
+def test_what_the_library_compressed_is_read(tmp_path):
+    if importlib.util.find_spec("streaming") is None:
+        pytest.skip("mosaicml-streaming is not installed: pip install '.[mds]'")
+    options = {
+        "columns": {"latent": "ndarray:float16:8,4,4", "label": "int"},
+        "hashes": ["xxh3_64"],
+        "size_limit": 3000,
+    }
+    with mds.library().MDSWriter(out=str(tmp_path / "d"), compression="zstd:3", **options) as writer:
+        for array, label in library_samples():
+            writer.write({"latent": array, "label": label})
+    assert not list((tmp_path / "d").glob("*.mds"))
+    with wds.open_source(tmp_path / "d", 4, 2, codec="mine") as source:
+        batch, ids = source.batch(np.arange(25)), source.sample_ids(np.arange(25))
+    assert (batch.stored.numpy() == np.stack([library_samples()[i][0] for i in ids])).all()
