@@ -1,6 +1,7 @@
 """Drawing: image i is a function of (network, seed, i), whatever else is asked for."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,10 @@ def test_networks_without_labels_draw_one_row(tmp_path):
         (["--steps", "0"], "at least one"),
         (["--churn", "1", "--solver", "euler"], "stochastic"),
         (["--batch", "0"], "at least 1"),
+        (["--trained-range"], "does not state its noise density"),
+        (["--trained-range", "0.7"], "must be a share below 0.5"),
+        (["--trained-range", "--sigma-max", "10"], "leave the others out"),
+        (["--trained-range", "--grid", "ays-sd15"], "leave the others out"),
     ],
 )
 def test_bad_input_is_one_line(snapshot, tmp_path, capsys, arguments, expected):
@@ -170,6 +175,22 @@ def test_bad_input_is_one_line(snapshot, tmp_path, capsys, arguments, expected):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and expected in error
     assert not (tmp_path / "x.png").exists()
+
+
+def test_the_trained_range_begins_where_data_still_show_through(tmp_path, capsys):
+    noise = {"density": "laplace", "mu": 0.0, "b": 0.5}
+    path = write_network(tmp_path / "with.safetensors")
+    network, header = generate.load_denoiser(path)
+    header["noise"] = noise
+    ranged = generate.Drawing(network, header, generate.Settings(trained_range=1e-3))
+    low, high = (0.5 * math.exp(sign * math.log(500) / 4) for sign in (-1, 1))
+    assert [ranged.sigmas[-2].item(), ranged.sigmas[0].item()] == pytest.approx([low, high])
+    assert ranged.start == pytest.approx(math.hypot(high, 0.5))
+    list(ranged.batches([0], 1))
+    assert capsys.readouterr().err.count("warning") == 0
+    usual = generate.Drawing(network, header, generate.Settings(steps=2))
+    list(usual.batches([0, 1], 1)) + list(usual.batches([2], 1))
+    assert usual.start == 80 and capsys.readouterr().err.count("warning: the grid edm goes from sigma 80 to 0.002") == 1
 
 
 def test_bad_snapshots_are_one_line(tmp_path, capsys):

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from data_pipeline.progress import Progress
-from trainer import digit_labels, evaluations, features, frechet, generate, heldout
+from models.noise import sigma_from_logsnr
+from trainer import digit_labels, evaluations, features, frechet, generate, heldout, trained_range
 from trainer.state import write_atomically
 
 DATA_IMAGES = 50_000  # as many as published Frechet distances draw
@@ -53,6 +54,11 @@ def digits(subject: Subject, options: argparse.Namespace) -> dict:
 def loss(subject: Subject, options: argparse.Namespace) -> dict:
     """Average the weighted loss over bins of logSNR."""
     data = _data(subject, options)
+    ends = sigma_from_logsnr(
+        torch.tensor([heldout.BIN_EDGES[0], heldout.BIN_EDGES[-1]]), subject.drawing.network.sigma_data
+    )
+    if line := trained_range.warning(subject.drawing.header, ends, "the loss per logSNR", only_range=True):
+        print(line, file=sys.stderr, flush=True)
     result = heldout.summary(heldout.bin_losses(subject.drawing.network, data, options.batch, subject.drawing.device))
     return {"value": result["mean"], "better": "low", "data": data.name, **result}
 

@@ -57,7 +57,7 @@ class Examples:
         self.source = _open(config.data, config.seed, pin=device.type == "cuda")
         self.manifest = self.source.manifest
         check_fits(self.manifest, config.data.codec, m.channels, m.resolution, m.label_dim)
-        self.noise_levels = NoiseLevels(config)
+        self.noise_levels = NoiseLevels(config, device)
 
     def at(self, positions: np.ndarray, upcoming: np.ndarray | None = None) -> Example:
         """Return the micro-batch at these positions; `upcoming` are read ahead in the background."""

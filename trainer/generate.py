@@ -25,7 +25,7 @@ from torch import Tensor
 from data_pipeline import codecs, latents
 from data_pipeline.progress import Progress
 from models import sampler
-from trainer import draws
+from trainer import draws, trained_range
 from trainer.snapshots import abandoned, list_snapshots, load_denoiser, read_header
 from trainer.state import write_atomically
 
@@ -45,6 +45,7 @@ class Settings:
     steps: int = 32
     sigma_min: float = 0.002  # Karras et al. 2022, Table 1
     sigma_max: float = 80.0
+    trained_range: float = 0.0  # share of the levels in training beyond each end; 0: the two above are the ends
     churn: float = 0.0
     guidance: float = 1.0
     interval: tuple[float, float] = (0.0, math.inf)
@@ -59,11 +60,17 @@ class Drawing:
         self.codec_weights = codec_weights
         self.shape = (header["model"]["channels"], header["model"]["resolution"], header["model"]["resolution"])
         self.label_dim = header["model"]["label_dim"]
+        self.header, self.warned = header, False
         if settings.levels:
             self.sigmas = sampler.from_levels(settings.levels, settings.steps)
         else:
             ends = settings.sigma_min, settings.sigma_max
+            if settings.trained_range:
+                ends = trained_range.trained_range(header, settings.trained_range)
             self.sigmas = sampler.grid(settings.grid, settings.steps, *ends, network.sigma_data)
+        self.start = self.sigmas[0].float().item()
+        if settings.trained_range:  # data still show through there: N(0, sigma_max^2 + sigma_data^2)
+            self.start = math.hypot(self.start, network.sigma_data)
         if settings.solver not in sampler.SOLVERS:
             raise ValueError(f"solver {settings.solver!r}: known are {', '.join(sampler.SOLVERS)}")
         if settings.churn and settings.solver != "heun":
@@ -96,7 +103,7 @@ class Drawing:
             # the same network stands for the unconditional one where it was trained with label dropout
             guide = of(self.guide, labels) if self.guide is not None else of(self.network, None)
             denoise = sampler.guidance(denoise, guide, s.guidance, s.interval)
-        x = draws.normal(s.seed, STREAM, where, self.shape) * self.sigmas[0].float().item()
+        x = draws.normal(s.seed, STREAM, where, self.shape) * self.start
         if s.churn:
             churn = {
                 "churn": s.churn,
@@ -110,7 +117,13 @@ class Drawing:
         return latents.decode(x, self.data, self.codec).cpu()
 
     def batches(self, positions: Sequence[int], batch: int) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield (positions, latents) in batches, with progress."""
+        """Yield (positions, latents) in batches, with progress; warn once of levels that training never saw."""
+        line = (
+            None if self.warned else trained_range.warning(self.header, self.sigmas, f"the grid {self.settings.grid}")
+        )
+        self.warned = True
+        if line:
+            print(line, file=sys.stderr, flush=True)
         with Progress("drawing", len(positions), "images") as progress:
             for start in range(0, len(positions), batch):
                 part = list(positions[start : start + batch])
@@ -220,6 +233,15 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help=f"default {defaults.steps}, or what the grid's file was made for")
     parser.add_argument("--sigma-min", type=float, default=defaults.sigma_min)
     parser.add_argument("--sigma-max", type=float, default=defaults.sigma_max)
+    parser.add_argument(
+        "--trained-range",
+        type=float,
+        nargs="?",
+        const=1e-4,
+        default=defaults.trained_range,
+        metavar="SHARE",
+        help="instead: the levels of training but for this share at each end (1e-4), begun at N(0, sigma^2 + sigma_data^2)",
+    )
     parser.add_argument("--churn", type=float, default=defaults.churn, help="S_churn of EDM; 0: deterministic")
     parser.add_argument("--guidance", type=float, default=defaults.guidance, help="weight; 1: none")
     parser.add_argument("--guide", help="guiding snapshot or run, or 'self' (this network without labels)")
@@ -237,6 +259,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise ValueError(
             f"--guidance {options.guidance:g} with --guide {options.guide}: guidance needs a weight other than 1 and a guide; "
             f"add --guide SNAPSHOT, or --guide self where labels were dropped in training"
+        )
+    if not 0 <= options.trained_range < 0.5:
+        raise ValueError(f"--trained-range {options.trained_range:g}: must be a share below 0.5; try 1e-4")
+    if options.trained_range and (options.grid not in ("edm", "cosine") or _states_range(options)):
+        raise ValueError(
+            f"--trained-range with --grid {options.grid}, --sigma-min {options.sigma_min:g}, --sigma-max {options.sigma_max:g}: "
+            f"sets the range of the grids edm and cosine by itself; leave the others out"
         )
     if options.batch < 1:
         raise ValueError(f"--batch {options.batch}: must be at least 1")
@@ -260,6 +289,10 @@ def _read_grid(path: Path) -> tuple[float, ...]:
         raise ValueError(f"--grid {path}: no grid of trainer.align ({error})") from None
 
 
+def _states_range(options: argparse.Namespace) -> bool:
+    return (options.sigma_min, options.sigma_max) != (Settings.sigma_min, Settings.sigma_max)
+
+
 def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) -> tuple[Drawing, dict]:
     """Load what the options name; return it with the origin of its images."""
     network, header = load_denoiser(path, options.activations, options.device)
@@ -278,6 +311,8 @@ def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) ->
     levels = origin.pop("levels")
     if levels:
         origin["levels"] = list(levels)
+    if not settings.trained_range:
+        del origin["trained_range"]  # folders of pictures that were begun before it existed go on
     origin["interval"] = [str(v) for v in settings.interval]  # JSON has no infinity
     return Drawing(network, header, settings, guide, options.device, options.codec_weights), origin
 

@@ -104,8 +104,6 @@ def _check_curriculum(n: Noise) -> None:
 
 def _check_learning(n: Noise) -> None:
     both = {"adaptive": n.adaptive.strength, "learned": n.learned.strength}
-    if any(both.values()):
-        raise ValueError("noise.adaptive and noise.learned: not there yet; leave their strength at 0")
     for key, strength in both.items():
         if strength >= 1:
             raise ValueError(

@@ -56,6 +56,7 @@ class Run:
         self.engine = Engine(config, build_denoiser(config))
         self.clock, extras = checkpoint.restore(folder, self.engine, self.say)
         self.engine.optimizer.num_nonfinite.fill_(extras.get("nonfinite_steps", 0))
+        self.examples.noise_levels.restore(extras.get("noise"), self.rank)
         if "quarantine" in extras:
             self.examples.source.load_state(extras["quarantine"])
         self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
@@ -156,6 +157,7 @@ class Run:
         self.metrics.set("evenkeel_last_forward_timestamp_seconds", time.time())
         with self.phase("backward", remark):
             self.engine.backward(losses.sum())
+        self.examples.noise_levels.observe(parts)
         self.meter.losses(e.positions, losses, parts)
 
     def take_snapshots(self) -> None:
@@ -196,6 +198,8 @@ class Run:
         counted = [None] * self.world
         dist.all_gather_object(counted, self.metrics.state())
         extras["metrics"] = {"version": 1, "ranks": counted}
+        if (noise := self.examples.noise_levels.extras()) is not None:
+            extras["noise"] = noise
         if self.config.data.on_bad == "replace":
             everyone = [None] * self.world
             dist.all_gather_object(everyone, self.examples.source.state())

@@ -39,6 +39,7 @@ def train(run: Run) -> int:
         with run.phase("optimizer"):
             engine.step(rate, run.clock)
         run.meter.check_finite()
+        run.examples.noise_levels.step(run.clock)
         if run.meter.step(run.clock, rate):
             run.note_progress()
         if run.due(config.snapshots.every_images):
