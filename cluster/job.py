@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import ranks
+from cluster import ranks, snapshot_follower
 from cluster.endings import FINISHED, INTERRUPTED, KILLED, START_AGAIN, asked_status, control_folder, translate
 from cluster.run_directory import is_alive, read_json, write_atomically
 from trainer.config import load
@@ -119,7 +119,14 @@ class Task:
     def train(self) -> int:
         """Run the trainer and return its exit status."""
         self.write(stage="train")
-        return self.supervise(["-m", "trainer.train", str(self.run / "config.yaml")], train=True)
+        beside = self.config.cluster.evaluate_snapshots and self.place.rank == 0
+        follower = (
+            snapshot_follower.start(self.run, self.attempt, self.environment(), _die_with_parent) if beside else None
+        )
+        status = self.supervise(["-m", "trainer.train", str(self.run / "config.yaml")], train=True)
+        if follower is not None and not snapshot_follower.end(follower, status == FINISHED, lambda: self.wanted):
+            self.say(f"left some snapshots unevaluated; go on with: python -m trainer.evaluate {self.run} --follow")
+        return status
 
     def finish(self) -> int:
         """Reconstruct one more EMA length and draw a grid with it, where the config asks for that."""

@@ -240,6 +240,10 @@ def main(argv: list[str] | None = None) -> int:
         for metric in metrics:
             if metric not in METRICS:
                 raise ValueError(f"--metric {metric}: known are {', '.join(METRICS)}")
+        if metrics == ["loss"] and guidances != [1]:
+            raise ValueError(
+                f"--guidance {options.guidance}: the loss is not guided; add a metric of drawn images, --metric latent"
+            )
         sweep = Sweep(run, clock, metrics, others, options.max_error, kind)
         sweep.measure(lengths, guidances)
         rows = sweep.rows(lengths, guidances)

@@ -87,7 +87,14 @@ def evaluate(run: Path, snapshot: Snapshot, options: argparse.Namespace, opened:
     key = json.dumps(vars(drawing.data), sort_keys=True)
     if key not in opened:
         opened[key] = heldout.open_of_run(run, options.data, vars(drawing.data), options.data_images or DATA_IMAGES)
-    data = opened[key]
+    data, pictures = opened[key], not options.no_pictures
+    if pictures:
+        try:
+            _ = drawing.codec
+        except ValueError as error:  # the loss needs no codec: it goes on without pictures, and says so once
+            pictures = False
+            if opened.setdefault("codec", error) is error:
+                print(f"no pictures: {error}", flush=True)
     result = heldout.summary(heldout.bin_losses(drawing.network, data, options.batch, drawing.device))
     return {
         "time": round(time.time(), 3),
@@ -95,7 +102,7 @@ def evaluate(run: Path, snapshot: Snapshot, options: argparse.Namespace, opened:
         "sigma_rel": snapshot.sigma_rel,
         "life": snapshot.header.get("life", 0),
         "snapshot": snapshot.path.name,
-        "grid": None if options.no_pictures else str(_draw(run, snapshot, drawing, options.batch).relative_to(run)),
+        "grid": str(_draw(run, snapshot, drawing, options.batch).relative_to(run)) if pictures else None,
         "data": data.name,
         **result,
     }

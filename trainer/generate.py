@@ -305,6 +305,11 @@ def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) ->
                 raise ValueError(
                     f"--guide {guide_path}: its {key} differs from that of {path}; guide with a like network"
                 )
+        for key in ("codec", "mean", "std"):
+            if guide_header["data"].get(key) != header["data"].get(key):
+                raise ValueError(
+                    f"--guide {guide_path}: was trained on data of another {key} than {path}; guide with a like network"
+                )
         origin["guide"] = {"snapshot": guide_path.name, **_identity(guide_header)}
     elif options.guide == "self":
         origin["guide"] = "self"

@@ -251,6 +251,9 @@ class Cluster:
     slurm_parameters: dict = field(default_factory=dict)  # any further sbatch options, by name
     setup: list[str] = list_of()  # lines of the batch script before srun
     max_restarts: int = at_least(3, 0)  # in a row without progress of the clock
+    evaluate_snapshots: bool = (
+        False  # beside the training, on idle CPU time of rank 0's node: loss and a grid per snapshot
+    )
     finish_sigma_rel: float = at_least(0.0, 0.0)  # after the run: reconstruct this EMA length; 0: nothing
     finish_images_per_class: int = at_least(8, 0)  # ... and draw a grid with it
 

@@ -301,7 +301,11 @@ def main(argv=None) -> int:
         reconstruct(made, paths, options.dtype)
         for path in paths:
             print(f"wrote {os.fspath(path)}")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        what = error.strerror or str(error)
+        print(f"error: {error.filename or options.out or options.run}: {what}; nothing was written", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
