@@ -199,3 +199,11 @@ def test_bad_snapshots_are_one_line(tmp_path, capsys):
     for path in ("nowhere", "empty", "p.safetensors"):
         assert run(tmp_path / path, "--out", tmp_path / "x.png") == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_guide_of_other_data_is_refused(snapshot, tmp_path, capsys):
+    guide = write_network(tmp_path / "g.safetensors", data=DATA | {"std": [50.0]})
+    arguments = ["--guidance", "2", "--guide", str(guide), "--out", str(tmp_path / "x.png")]
+    assert generate.main([str(snapshot), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "another std" in error and error.count("\n") == 1 and not (tmp_path / "x.png").exists()

@@ -173,6 +173,26 @@ def test_refuses_mixed_runs_networks_and_damage(toy, tmp_path, capsys):
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
+def test_a_full_disk_is_one_line_and_nothing_is_overwritten(toy, tmp_path, capsys, monkeypatch):
+    run, _ = toy
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = out / posthoc.file_name(6144, 0.1)
+    kept.write_text("kept")
+    real, left = tensor_file.TensorFile.write, [3]
+
+    def full(self, name, piece):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        real(self, name, piece)
+
+    monkeypatch.setattr(tensor_file.TensorFile, "write", full)
+    said = refusal(capsys, run, "--sigma-rel", "0.08,0.1", "--out", out)
+    assert f"{out}: No space left on device; nothing was written" in said
+    assert list(out.iterdir()) == [kept] and kept.read_text() == "kept"
+
+
 def test_refuses_what_is_not_finite(toy, tmp_path, capsys, monkeypatch):
     run, golden = toy
     row = toy_tensors(golden["toy.snapshots"][0])

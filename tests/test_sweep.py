@@ -68,6 +68,7 @@ def test_a_whole_sweep_and_going_on_with_it(run_dir, capsys, monkeypatch):
         (["--sigma-rel", "0.3"], "0.2886"),
         (["--sigma-rel", "x"], "rising range"),
         (["--sigma-rel", "0.1", "--guidance", "1.0:2.0:0.5"], "needs a guide"),
+        (["--sigma-rel", "0.1", "--guidance", "1.0:2.0:0.5", "--guide", "self"], "the loss is not guided"),
         (["--sigma-rel", "0.1", "--metric", "beauty"], "known are"),
         pytest.param(["--sigma-rel", "0.01"], "predicted error above", marks=pytest.mark.slow),
         pytest.param(["--sigma-rel", "0.1", "--data", "/nowhere"], "not found", marks=pytest.mark.slow),
