@@ -87,7 +87,7 @@ _COMMON = (
 )
 _DENOISER = ("family", "resolution", "channels", "label_dim", "logvar_channels", "sigma_data", "ode", "prediction")
 _ODE = {"mode": "mp", "solver": "split", "steps": 2, "adjoint": False, "rtol": 1e-3, "atol": 1e-3}
-_ODE |= {"omega": 1.5708, "strength": 1.0, "norm": "group"}
+_ODE |= {"omega": 1.5708, "strength": 2.0, "hidden": 1.0, "norm": "group"}
 
 # What a network of each family and mode is built of. A config's other keys have their defaults (trainer/model_keys.py).
 NETWORKS = {

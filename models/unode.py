@@ -93,9 +93,11 @@ class OdeBlock(Block):
                 f"make model.model_channels x model.channel_mult even"
             )
         super().__init__(in_channels + skip_channels, out_channels, emb_channels, **block)
-        # f sees position and velocity and pushes the velocity: out -> out -> out / 2
-        self.conv_res0 = MPConv(out_channels, out_channels, (3, 3))
-        self.conv_res1 = MPConv(out_channels, out_channels // 2, (3, 3))
+        # f sees position and velocity and pushes the velocity: out -> inner -> out / 2
+        inner = max(1, round(ode["hidden"] * out_channels / 4)) * 4
+        self.conv_res0 = MPConv(out_channels, inner, (3, 3))
+        self.emb_linear = MPConv(emb_channels, inner)
+        self.conv_res1 = MPConv(inner, out_channels // 2, (3, 3))
         self.ode, self.concat_balance = ode, concat_balance
         self.evaluations = fixed_evaluations(ode)
 

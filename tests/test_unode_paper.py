@@ -181,18 +181,23 @@ def test_presets_name_these_networks():
         assert {key: found["ode"][key] for key in model.get("ode", {})} == model.get("ode", {})
 
 
-@pytest.mark.parametrize("size", ["s", "m", "xl"])
-def test_latent_presets_cost_a_quarter_of_their_edm2(size):
+@pytest.mark.parametrize(
+    ("name", "other"), [*((f"unode_{s}", f"edm2_{s}") for s in ("s", "m", "xl")), ("unode_quickstart", "quickstart")]
+)
+def test_presets_cost_a_quarter_of_their_edm2(name, other):
     """At most 0.25 of the parameters and 0.30 of the FLOPs of the EDM2 of the same widths, levels and recipe."""
-    unode, edm2 = (to_dict(load(CONFIGS / f"{family}_{size}.yaml")) for family in ("unode", "edm2"))
+    unode, edm2 = (to_dict(load(CONFIGS / f"{n}.yaml")) for n in (name, other))
     a, b = flops.count(unode["model"]), flops.count(edm2["model"])
     assert a.parameters <= 0.25 * b.parameters and a.forward_flops <= 0.30 * b.forward_flops
     for key in ("lr", "optimizer", "noise", "ema", "global_batch", "duration_images", "engine", "snapshots"):
         assert unode[key] == edm2[key]
     for key in ("model_channels", "channel_mult", "attn_resolutions", "dropout", "resolution", "channels", "label_dim"):
         assert unode["model"][key] == edm2["model"][key]
-    head = (CONFIGS / f"unode_{size}.yaml").read_text()
-    assert f"{a.parameters / 1e6:.1f} M parameters, {a.forward_flops / 1e9:.1f} GFLOP" in head
+    head = (CONFIGS / f"{name}.yaml").read_text().split("defaults:")[0]
+    small = f"{a.parameters:,} parameters, {a.forward_flops / 1e6:.1f} MFLOP"
+    assert small in head or f"{a.parameters / 1e6:.1f} M parameters, {a.forward_flops / 1e9:.1f} GFLOP" in head
+    for ratio in (a.parameters / b.parameters, a.forward_flops / b.forward_flops):
+        assert f"{ratio:.3f}" in head
 
 
 @pytest.mark.parametrize(

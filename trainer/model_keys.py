@@ -18,8 +18,8 @@ MEANINGLESS = {
     "edm2": ("ode",),
     "ddpm_unet": (*_MAGNITUDE_PRESERVING, "ode"),
     "unode mp": ("residual_balance", "ode.norm"),  # the force's strength stands for the balance
-    "unode paper": (*_MAGNITUDE_PRESERVING, "ode.omega", "ode.strength", "ode.norm"),
-    "unode released": (*_MAGNITUDE_PRESERVING, "ode.omega", "ode.strength"),
+    "unode paper": (*_MAGNITUDE_PRESERVING, "ode.omega", "ode.strength", "ode.hidden", "ode.norm"),
+    "unode released": (*_MAGNITUDE_PRESERVING, "ode.omega", "ode.strength", "ode.hidden"),
 }
 
 
