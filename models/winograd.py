@@ -88,7 +88,7 @@ def _build() -> Path:
         return library
     if shutil.which(compiler) is None:
         raise ValueError(
-            f"engine.compile on a CPU needs a C++ compiler, and {compiler} is not there: install one or set it to false"
+            f"engine.compile on a CPU needs a C++ compiler, and {compiler} is not there: install one or set engine.compile=false"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as own:
