@@ -25,7 +25,7 @@ LOOK_SECONDS = 0.2
 LINE_SECONDS = 5.0  # between plain lines where stdout is no terminal
 TAIL_LINES = 15
 FROM_OUTSIDE = (signal.SIGTERM, signal.SIGHUP)
-STAGES = {"encode": "encoding", "train": "training", "finish": "drawing"}
+STAGES = {"encode": "encoding", "preflight": "preflight", "train": "training", "finish": "drawing"}
 
 
 class Tail:

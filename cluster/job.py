@@ -45,6 +45,8 @@ class Task:
     def __init__(self, plan: dict):
         self.plan, self.place, self.config = plan, ranks.place(), load(Path(plan["run"]) / "config.yaml")
         self.run, self.local = Path(plan["run"]), self.place.kind == "local"
+        if self.config.cluster.umask:
+            os.umask(int(self.config.cluster.umask, 8))
         self.attempt = plan["attempt"] + self.place.restarts
         self.control = control_folder(self.run, self.attempt)
         self.log = self.run / "logs" / f"{self.attempt:04d}_rank{self.place.rank}.log"
@@ -65,9 +67,11 @@ class Task:
         self.wanted = number
 
     def work(self) -> int:
-        """Encode if need be, train, draw; return the task's exit status."""
+        """Encode if need be, look at the node if asked to, train, draw; return the task's exit status."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         status = self.encode()
+        if status == FINISHED and self.config.cluster.preflight:
+            status = self.preflight()
         if status == FINISHED:
             status = self.train()
         if status == FINISHED and self.place.rank == 0:
@@ -115,6 +119,11 @@ class Task:
             if self.wanted:
                 return asked_status(self.wanted)
             time.sleep(WATCH_SECONDS)
+
+    def preflight(self) -> int:
+        """Look whether this node is fit for the run; return an exit status."""
+        self.write(stage="preflight")
+        return self.supervise(["-m", "cluster.preflight", str(self.run), str(self.control), self.place.host])
 
     def train(self) -> int:
         """Run the trainer and return its exit status."""
@@ -193,7 +202,8 @@ class Task:
         """Return the child's environment."""
         port = self.plan.get("master_port") or ranks.port_of(self.place.job_id, self.place.restarts)
         variables = ranks.environment(self.place, port, self.config.cluster.cpus_per_rank)
-        return {**os.environ, **variables, "PYTHONPATH": str(self.run / "code"), "PYTHONUNBUFFERED": "1"}
+        chosen = {name: str(value) for name, value in self.config.cluster.environment.items()}
+        return {**os.environ, **variables, **chosen, "PYTHONPATH": str(self.run / "code"), "PYTHONUNBUFFERED": "1"}
 
     def watch(self) -> None:
         """Look whether others want us to stop, are gone, or have ended badly; only local jobs have nobody else to do that."""

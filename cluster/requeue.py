@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster import endings, slurm
+from cluster import endings, preflight, slurm
 from cluster.run_directory import clock, read_json, write_atomically
 from trainer.config import load
 
@@ -34,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         control, [logs / f"{job_id}_{k}_log.out" for k in range(world)], silent_are_guilty=False
     )
     again, verdict = decide(a.run, outcome, job_id, config.cluster.max_restarts)
-    verdict = f"attempt {a.attempt + restarts}: rank {outcome.rank} ended with status {outcome.status}; {verdict}"
+    bad = _bad_nodes(control, world) if outcome.stage == "preflight" else {}
+    named = "".join(f"node {node} is left out: {reason}; " for node, reason in bad.items())
+    verdict = (
+        f"attempt {a.attempt + restarts}: rank {outcome.rank} ended with status {outcome.status}; {named}{verdict}"
+    )
     print(f"requeue: {verdict}; log: {outcome.log}", flush=True)
     write_atomically(
         a.run / "logs" / "verdict.json", json.dumps({"verdict": verdict, "log": str(outcome.log), "again": again})
@@ -43,7 +47,27 @@ def main(argv: list[str] | None = None) -> int:
         done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
         if done.returncode != 0:
             print(f"requeue: Slurm refused: {done.stderr.strip()}", flush=True)
+        elif bad:
+            exclude(a.run, job_id, bad, config.cluster.exclude)
     return outcome.status or a.status
+
+
+def _bad_nodes(control: Path, world: int) -> dict[str, str]:
+    hosts = [read_json(control / f"rank{k}.json").get("host", "") for k in range(world)]
+    return {node: reason for node, reason in preflight.bad_nodes(control, hosts).items() if node}
+
+
+def exclude(run: Path, job_id: str, bad: dict[str, str], configured: str) -> None:
+    """Leave nodes out of the job, which is pending by now (Slurm takes it only then), and record them in logs/excluded.json."""
+    path = run / "logs" / "excluded.json"
+    recorded = {**read_json(path), **bad}
+    write_atomically(path, json.dumps(recorded))
+    nodes = ",".join([*([configured] if configured else []), *recorded])
+    done = subprocess.run(
+        ["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}"], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        print(f"requeue: Slurm did not leave {nodes} out: {done.stderr.strip()}", flush=True)
 
 
 def decide(run: Path, outcome: endings.Outcome, job_id: str, max_restarts: int) -> tuple[bool, str]:

@@ -60,11 +60,17 @@ def executor(config: Config, attempt: int) -> Executor:
         additional_parameters={
             "requeue": True,
             **({"reservation": c.reservation} if c.reservation else {}),
+            **({"dependency": c.dependency} if c.dependency else {}),
             **c.slurm_parameters,
         },
-        setup=[f"cd {code} || exit 1", f"export PYTHONPATH={code}", *c.setup],
+        setup=[
+            f"cd {code} || exit 1",
+            f"export PYTHONPATH={code}",
+            *([f"umask {c.umask}"] if c.umask else []),
+            *c.setup,
+        ],
         # since 22.05 srun does not inherit the batch job's --cpus-per-task
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={c.cpus_per_rank}"],
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={c.cpus_per_rank}", *c.srun_arguments],
         # asking for a requeue brings a SIGTERM upon whoever asks, which must not come before Slurm has heard all of it
         teardown=["status=$?", "trap '' TERM", again, "exit $?"],
     )

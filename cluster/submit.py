@@ -15,8 +15,9 @@ if not __package__:  # run by path: `cluster` and `trainer` are names that other
 import argparse  # noqa: E402
 import difflib  # noqa: E402
 
-from cluster import endings, follow, job, run_directory, slurm  # noqa: E402
+from cluster import endings, follow, forecast, job, run_directory, slurm  # noqa: E402
 from cluster.run_directory import shown  # noqa: E402
+from data_pipeline import manifest  # noqa: E402
 from trainer import communication  # noqa: E402
 from trainer.config import Config, dump, load  # noqa: E402
 
@@ -64,13 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(argv)
         config = run_directory.absolute(load(arguments.config, arguments.overrides), ROOT)
         check(config)
+        warnings = doubts(config)
         if arguments.dry_run:
             print(dump(config), end="")
-            print("".join(f"# {line}\n" for line in communication.lines(config)), end="")
             if config.cluster.kind == "slurm":
                 print(f"\n# sbatch script:\n{slurm.script(config)}")
+            print("\n# what it will need\n" + "\n".join([*forecast.forecast(config), *communication.lines(config)]))
+            print("\n".join(warnings))
             return 0
-        return submit(config, arguments.fork)
+        return submit(config, arguments.fork, warnings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return endings.USER_ERROR
@@ -87,7 +90,22 @@ def check(config: Config) -> None:
         )
 
 
-def submit(config: Config, fork: str | None) -> int:
+def doubts(config: Config) -> list[str]:
+    """Return warnings about what the job will find; ValueError where it would certainly fail on its data."""
+    data, m = config.data, config.model
+    folder, lines = Path(data.path), []
+    if "://" in data.path or manifest.manifest_path(folder).is_file():
+        found = manifest.load(data.path)
+        manifest.check_fits(found, data.codec, m.channels, m.resolution, m.label_dim)
+    elif not data.encode_from and not any(folder.glob("*.tar")):  # tars that others wrote are indexed on first use
+        lines.append(
+            f"warning: {shown(folder)} holds no dataset yet; make it before the job starts: "
+            f"{run_directory.python()} -m data_pipeline.encode SRC {shown(folder)}"
+        )
+    return [*lines, *forecast.shortages(config)]
+
+
+def submit(config: Config, fork: str | None, warnings: list[str]) -> int:
     """Make or continue the run directory and start the job."""
     lines = []
     if fork:
@@ -99,7 +117,7 @@ def submit(config: Config, fork: str | None) -> int:
     lock = run_directory.hold(run)  # until this process ends
     assert lock >= 0
     lines = lines or run_directory.prepare(config, ROOT)
-    print("\n".join(lines), flush=True)
+    print("\n".join(lines + warnings), flush=True)
     wants_grid = config.cluster.finish_sigma_rel and not job.finish_files(config)[1].is_file()
     if run_directory.is_finished(run) and not wants_grid:
         print("\n".join(follow.summary(config)[1:]))

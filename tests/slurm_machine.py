@@ -114,9 +114,22 @@ class SlurmMachine:
             time.sleep(0.1)
         raise RuntimeError(f"nodes did not come up; see {self.state}/log")
 
-    def start_node(self, node: str) -> None:
-        """Start (again) the daemon of one node."""
-        self._call("slurmd", "-N", node)
+    def start_node(self, node: str, hide: Path | None = None) -> None:
+        """Start (again) the daemon of one node; one that is to `hide` a folder sees an empty disk mounted over it (needs root)."""
+        if hide is None:
+            self._call("slurmd", "-N", node)
+        else:
+            self._call(
+                "unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$1" && exec slurmd -N "$2"', "sh", str(hide), node
+            )
+
+    def restart_node(self, node: str, hide: Path | None = None) -> None:
+        """Replace the daemon of an idle node."""
+        self.kill_node(node)
+        self.start_node(node, hide)
+        end = time.monotonic() + 20
+        while time.monotonic() < end and node not in self.call("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split():
+            time.sleep(0.2)
 
     def kill_node(self, node: str) -> None:
         """Let a node die: its daemon and every process of its jobs, at once."""

@@ -32,7 +32,7 @@ def test_run_to_the_end_then_submitted_again(root):
     assert (status, err) == (0, "")
     assert out.startswith("starting runs/small\n")
     run = root / "runs" / "small"
-    assert json.loads((root / "data/small/manifest.json").read_text())[0] == "somewhere"
+    assert json.loads((root / "data/small/source.json").read_text())[0] == "somewhere"
     for rank in (0, 1):
         assert f"rank {rank} of 2 at 127.0.0.1" in (run / f"logs/0001_rank{rank}.log").read_text()
     snapshot = run / "posthoc" / "phema-0000000400-0.13000.safetensors"

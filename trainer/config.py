@@ -100,6 +100,15 @@ def check(config: Config) -> None:
         raise ValueError(
             "data.on_bad=replace does not go with data.reader=stock, which can only stop; use data.reader=indexed"
         )
+    if not re.fullmatch(r"([0-7]{3,4})?", config.cluster.umask):
+        raise ValueError(
+            f"cluster.umask={config.cluster.umask!r}: must be octal; try '0027' (group reads, others nothing)"
+        )
+    for key, value in config.cluster.environment.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(key)) or isinstance(value, dict | list):
+            raise ValueError(
+                f"cluster.environment.{key}={value!r}: must be NAME: text, for instance NCCL_SOCKET_IFNAME: ib0"
+            )
     check_noise(config)
 
 

@@ -251,8 +251,18 @@ class Cluster:
     exclude: str = ""
     reservation: str = ""
     mail_user: str = ""
+    dependency: str = ""  # as sbatch takes it: afterok:1234
     slurm_parameters: dict = field(default_factory=dict)  # any further sbatch options, by name
+    srun_arguments: list[str] = list_of()  # further arguments of srun, for instance --container-image=...
     setup: list[str] = list_of()  # lines of the batch script before srun
+    environment: dict = field(default_factory=dict)  # variables of every rank, for instance NCCL_SOCKET_IFNAME: ib0
+    umask: str = ""  # octal, for instance "0027": files readable by the group; empty: as it is
+    preflight: bool = (
+        False  # look at every node before the ranks meet; a bad one is named, left out and the job requeued
+    )
+    preflight_seconds: int = at_least(300, 1)  # ... and give up on a node that does not answer by then
+    gpu: str = "A100"  # what a GPU is, for predictions before the run (trainer/peaks.py)
+    expected_mfu: float = at_least(0.35, 0.01)  # ... and the share of its peak that they assume
     max_restarts: int = at_least(3, 0)  # in a row without progress of the clock
     evaluate_snapshots: bool = (
         False  # beside the training, on idle CPU time of rank 0's node: loss and a grid per snapshot

@@ -14,6 +14,9 @@ PEAK_FLOPS = (
     ("V100", {"fp32": 15.7e12, "fp16": 125e12}),
 )
 
+# bytes of device memory, the largest common variant, from the same data sheets
+MEMORY_BYTES = (("B200", 180e9), ("H200", 141e9), ("H100", 80e9), ("L40S", 48e9), ("A100", 80e9), ("V100", 32e9))
+
 
 def peak_flops(device_name: str, activations: str) -> tuple[str, float] | None:
     """Return (name, dense FLOP/s) of the peak that MFU is measured against, or None for a device not in the table."""
