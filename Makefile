@@ -4,12 +4,13 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint bench clean help
+.PHONY: demo test test-all chaos lint bench clean help
 
 help:
 	@echo "make demo      train a small EDM2 on handwritten digits, end to end, in under 3 minutes"
 	@echo "make test      the test suite, under 8 minutes on 2 cores"
 	@echo "make test-all  the long tests, and those of the optional dependencies"
+	@echo "make chaos     hit a small run 50 times (kill -9, signals, full disk, damaged files); nothing may be lost"
 	@echo "make lint      ruff"
 	@echo "make bench     speed and memory tables of this machine"
 
@@ -34,12 +35,16 @@ $(VENV)/.extras: $(VENV)/.installed
 test-all: $(VENV)/.extras
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "(slow or extras) and not gpu" $(ARGS)
 
+chaos: $(VENV)/.installed
+	$(PY) -m tests.chaos --hits 50 $(ARGS)
+
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark
+	OMP_NUM_THREADS=1 $(PY) -m trainer.pauses
 	OMP_NUM_THREADS=1 $(PY) -m data_pipeline.benchmark
 	OMP_NUM_THREADS=1 $(PY) -m trainer.posthoc_benchmark
 

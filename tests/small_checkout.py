@@ -39,7 +39,7 @@ from trainer.config import load
 config = load(sys.argv[1])
 run, rank = Path(config.run), int(os.environ["RANK"])
 print("rank", rank, "of", os.environ["WORLD_SIZE"], "at", os.environ["MASTER_ADDR"], __file__, flush=True)
-saved = sorted((run / "checkpoints").glob("*"))
+saved = sorted((run / "checkpoints").glob("[0-9]*"))
 clock = int(saved[-1].name) if saved else 0
 lives = run / f".lives{rank}"
 life = len(lives.read_text()) + 1 if lives.exists() else 1

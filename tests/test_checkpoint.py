@@ -47,9 +47,11 @@ class NoSnapshots:
 
 def writer_of(run: str, engine, keep_last: int):
     from trainer.checkpoint_writer import CheckpointWriter
+    from trainer.config import to_dict
 
     group = torch.distributed.new_group(backend="gloo") if engine.world > 1 else None
-    return CheckpointWriter(Path(run), engine, group, NoSnapshots(), keep_last)
+    header = {"model": to_dict(engine.config)["model"], "data": {}}
+    return CheckpointWriter(Path(run), engine, group, NoSnapshots(), keep_last, header=header)
 
 
 def no_space(tensors, path):
@@ -121,6 +123,73 @@ def test_only_the_last_are_kept_and_verify(saved):
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
     assert on_ranks(1, damaged_newer, str(tmp_path)) == [["0000000024", "0000000099"]]
+
+
+def test_latest_moves_last_and_is_never_followed_to_something_incomplete(saved, tmp_path):
+    import shutil
+
+    from trainer.checkpoint import latest
+
+    assert latest(saved).name == "0000000036" and latest(tmp_path) is None
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    pointer = run / "checkpoints/latest"
+    pointer.write_text("0000000024\n")  # killed between the rename and the pointer
+    assert latest(run).name == "0000000024"
+    for wrong in ("0000000099\n", "", "../..", None):  # not there; empty; elsewhere; a run from before the pointer
+        pointer.unlink() if wrong is None else pointer.write_text(wrong)
+        assert latest(run).name == "0000000036"
+
+
+def test_what_a_later_life_saved_is_newer_than_what_lies_beyond_it(saved, tmp_path):
+    import shutil
+
+    from trainer.checkpoint import list_checkpoints, seal, verify
+
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    manifest = run / "checkpoints/0000000024/manifest.json"
+    manifest.write_text(json.dumps(seal(json.loads(manifest.read_text()) | {"life": 2})))
+    assert [p.name for p in list_checkpoints(run)] == ["0000000036", "0000000024"]
+    assert verify(manifest.parent) == []
+    manifest.write_text(manifest.read_text().replace('"life": 2', '"life": 3'))
+    assert "differs from its checksum" in verify(manifest.parent)[0]
+
+
+def test_the_command_lists_verifies_and_consolidates(saved, tmp_path, capsys):
+    import shutil
+
+    from trainer import checkpoint, snapshots
+
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    assert checkpoint.main([str(run), "--verify"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "36 images  life 1" in lines[1] and "2 ranks  ZeRO-1" in lines[1]
+    assert "<- latest" in lines[1] and "complete" in lines[0] and "checksums fit" in lines[0]
+    out = tmp_path / "weights.safetensors"
+    assert checkpoint.main([str(run), "--consolidate", str(out), "--at", "24"]) == 0
+    header = snapshots.verify(out)
+    assert (header["kind"], header["clock"], header["dtype"]) == ("checkpoint", 24, "fp32")
+    from safetensors.torch import load_file
+
+    stored, whole = load_file(out), state_of(run, 24)
+    assert all(torch.equal(t.flatten(), whole.get(f"master/{n}", whole.get(f"buffer/{n}"))) for n, t in stored.items())
+    assert {f"master/{n}" for n in stored} >= {k for k in whole if k.startswith("master/")}
+    snapshots.load_denoiser(out)  # ready to draw with
+    capsys.readouterr()
+    flip(run / "checkpoints/0000000036/rank00001.safetensors")
+    for bad in (
+        ["--verify"],
+        ["--consolidate", str(out)],
+        ["--consolidate", str(out), "--at", "7"],
+        ["--consolidate", "x.pt", "--at", "24"],
+    ):
+        assert checkpoint.main([str(run), *bad]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert "rank00001.safetensors" in error or "--at" in bad
+    assert checkpoint.main([str(tmp_path / "nowhere")]) == 2
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (1, 1), (2, 2), (3, 1)])

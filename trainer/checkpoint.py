@@ -3,10 +3,15 @@
 RUN/checkpoints/<images>/ holds one safetensors file per rank and a manifest.json with the size and hash of each. Files hold
 logical pieces (tensor name, first element, number of elements), never DeepSpeed's flat offsets, so that another world size
 or ZeRO stage reads them as they are. Written in a hidden folder (trainer/checkpoint_writer.py), fsynced, renamed: a folder
-with its final name is whole.
+with its final name is whole. The file `latest` names the newest; it moves last, and the rename is what counts.
+
+`python -m trainer.checkpoint RUN` lists them, --verify compares every checksum, --consolidate writes the weights into one file.
 """
 
+import argparse
 import json
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +19,8 @@ import torch.distributed as dist
 import xxhash
 from safetensors import safe_open
 
+from trainer.config import parse_size
+from trainer.consolidation import consolidate
 from trainer.engine import Engine
 from trainer.optimizer import Fragment
 
@@ -33,8 +40,31 @@ def state(engine: Engine, fragments: list[Fragment]):
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the run's complete checkpoints, oldest first."""
-    return sorted(p for p in (Path(run) / "checkpoints").glob("[0-9]*") if (p / "manifest.json").is_file())
+    """Return the run's complete checkpoints by (life, clock), oldest first; one that can't be read comes last.
+
+    What a later life saved is newer than what an abandoned one left beyond it.
+    """
+    found = [p for p in (Path(run) / "checkpoints").glob("[0-9]*") if (p / "manifest.json").is_file()]
+    return sorted(found, key=lambda p: (_life(p), p.name))
+
+
+def _life(checkpoint: Path) -> float:
+    try:
+        return float(json.loads((checkpoint / "manifest.json").read_text())["life"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def latest(run: Path) -> Path | None:
+    """Return the checkpoint that RUN/checkpoints/latest names, the newest complete one where it names none; None without any."""
+    folder = Path(run) / "checkpoints"
+    try:
+        named = folder / (folder / "latest").read_text().strip()
+        if named.parent == folder and (named / "manifest.json").is_file():
+            return named
+    except OSError:  # a run from before the pointer, or one that was killed before it first moved
+        pass
+    return (list_checkpoints(run) or [None])[-1]
 
 
 def verify(checkpoint: Path) -> list[str]:
@@ -47,7 +77,9 @@ def verify(checkpoint: Path) -> list[str]:
                 f"{checkpoint}: format version {manifest['version']} is newer than this program's {VERSION}; update it"
             ]
         files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        if manifest.get("digest", _digest(manifest)) != _digest(manifest):
+            return [f"{checkpoint}/manifest.json: content differs from its checksum"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{checkpoint}/manifest.json: not readable ({error})"]
     for name, entry in files.items():
         path = checkpoint / name
@@ -119,3 +151,83 @@ def hash_file(path: Path) -> str:
         while block := f.read(1 << 22):
             state.update(block)
     return state.hexdigest()
+
+
+def seal(manifest: dict) -> dict:
+    """Return the manifest with its own checksum in it."""
+    return manifest | {"digest": _digest(manifest)}
+
+
+def _digest(manifest: dict) -> str:
+    content = json.dumps({k: v for k, v in manifest.items() if k != "digest"}, sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(content.encode())
+
+
+def _describe(checkpoint: Path) -> str:
+    """Return a line of the list: clock, life, size, world, stage, age."""
+    try:
+        m = json.loads((checkpoint / "manifest.json").read_text())
+        mebibytes = sum(entry["bytes"] for entry in m["files"].values()) / 2**20
+        hours = (time.time() - (checkpoint / "manifest.json").stat().st_mtime) / 3600
+        whole = all(
+            (checkpoint / n).is_file() and (checkpoint / n).stat().st_size == e["bytes"] for n, e in m["files"].items()
+        )
+        state = "complete" if whole else "DAMAGED"
+        return (
+            f"{checkpoint.name}  {m['clock']:>13,} images  life {m['life']}  {mebibytes:9.1f} MiB  {m['world']} ranks  "
+            f"ZeRO-{m['zero_stage']}  {hours:6.1f} h ago  {state}"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{checkpoint.name}  DAMAGED: manifest.json is not readable"
+
+
+def _choose(run: Path, clock: str | None) -> Path:
+    found = list_checkpoints(run)
+    if not found:
+        raise ValueError(f"no checkpoints in {run / 'checkpoints'}; name a run directory that has some")
+    if clock is None:
+        return latest(run)
+    match = [p for p in found if int(p.name) == parse_size(clock)]
+    if not match:
+        raise ValueError(f"--at {clock}: no checkpoint there; there are {', '.join(str(int(p.name)) for p in found)}")
+    return match[0]
+
+
+def _check(checkpoint: Path) -> None:
+    if problems := verify(checkpoint):
+        raise ValueError("; ".join(problems))
+
+
+def main(argv=None) -> int:
+    """List a run's checkpoints, compare their checksums, or write one's weights into one file."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare all checksums")
+    parser.add_argument("--consolidate", metavar="OUT", type=Path, help="write the weights to OUT.safetensors")
+    parser.add_argument("--at", metavar="IMAGES", help="for --consolidate: another checkpoint than the latest")
+    options = parser.parse_args(argv)
+    try:
+        chosen = _choose(options.run, options.at)
+        if options.consolidate:
+            if options.consolidate.suffix != ".safetensors":
+                raise ValueError(f"--consolidate {options.consolidate}: must be a file name that ends in .safetensors")
+            _check(chosen)
+            consolidate(chosen, options.consolidate)
+            print(f"wrote {options.consolidate}: the weights at {int(chosen.name)} images")
+            return 0
+        problems = []
+        for p in list_checkpoints(options.run):
+            found = verify(p) if options.verify else []
+            problems += found
+            remark = "" if not options.verify else "  checksums differ" if found else "  checksums fit"
+            print(_describe(p) + ("  <- latest" if p == latest(options.run) else "") + remark)
+        if problems:
+            raise ValueError("; ".join(problems))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

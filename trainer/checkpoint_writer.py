@@ -8,7 +8,6 @@ completes only after every snapshot up to its clock is durable, or a kill could 
 import json
 import os
 import shutil
-import sys
 import threading
 from pathlib import Path
 
@@ -16,17 +15,29 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from trainer.checkpoint import VERSION, hash_file, list_checkpoints, state
+from trainer.checkpoint import VERSION, hash_file, list_checkpoints, seal, state
 from trainer.engine import Engine
-from trainer.state import sync_folder, write_atomically
+from trainer.state import sync_folder, tell, write_atomically
 
 
 class CheckpointWriter:
     """One per rank, called in the same order on every rank."""
 
-    def __init__(self, run: Path, engine: Engine, group, snapshots, keep_last: int, keep_every_images: int = 0):
+    def __init__(
+        self,
+        run: Path,
+        engine: Engine,
+        group,
+        snapshots,
+        keep_last: int,
+        keep_every_images: int = 0,
+        header: dict | None = None,
+    ):
         self.run, self.engine, self.group, self.snapshots = run, engine, group, snapshots
+        self.header = header or {}  # of snapshots: which network this is
+        self.shapes = {name: list(p.shape) for name, p in engine.module.named_parameters()}
         self.keep_last, self.keep_every_images = keep_last, keep_every_images
+        self.failures = 0  # saves that could not be written
         self.durable = -1  # clock of the newest checkpoint of this start that is on disk
         self._thread: threading.Thread | None = None
         if engine.rank == 0:
@@ -54,6 +65,8 @@ class CheckpointWriter:
             "sigma_rel": self.engine.ema.sigma_rel,
             "adam_step": float(next(iter(self.engine.optimizer.adam.state.values()))["step"]),
             "extras": extras,
+            "shapes": self.shapes,
+            "header": self.header,
         }
         self._thread = threading.Thread(target=self._work, args=(manifest, tensors, pieces), name="checkpoint")
         self._thread.start()
@@ -72,6 +85,7 @@ class CheckpointWriter:
             self._write(manifest, tensors, pieces)
             self.durable = manifest["clock"]
         except BaseException as error:  # kept for the training thread: `wait` raises it there
+            self.failures += 1
             self._error = error
 
     def _write(self, manifest: dict, tensors: dict[str, torch.Tensor], pieces: list) -> None:
@@ -104,11 +118,14 @@ class CheckpointWriter:
         if self.engine.rank != 0:
             return
         manifest["files"] = {name: entry for part in files for name, entry in part.items()}
-        write_atomically(beside / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_atomically(beside / "manifest.json", json.dumps(seal(manifest), indent=1).encode())
         if final.exists():  # only ever a damaged one: a whole one would have been resumed from
             _discard(final)
         os.replace(beside, final)
         sync_folder(final.parent)
+        write_atomically(
+            final.parent / "latest", f"{final.name}\n".encode()
+        )  # before older ones go: it names none of them
         self._drop_old(manifest["clock"])
 
     def _make_folder(self, folder: Path) -> None:
@@ -127,7 +144,7 @@ class CheckpointWriter:
 
     def _drop_old(self, clock: int) -> None:
         # what lies beyond the clock was passed over as damaged: it must not count among the ones to keep
-        old = [p for p in list_checkpoints(self.run) if int(p.name) <= clock][: -self.keep_last]
+        old = sorted(p for p in list_checkpoints(self.run) if int(p.name) <= clock)[: -self.keep_last]
         for path in old:
             if not self.keep_every_images or int(path.name) % self.keep_every_images:
                 _discard(path)
@@ -146,7 +163,7 @@ def _discard(folder: Path) -> None:
     try:
         os.replace(folder, hidden)
     except OSError as error:  # an old checkpoint that stays costs disk space, nothing else
-        print(f"warning: {folder} stays: {error}", file=sys.stderr, flush=True)
+        tell(f"warning: {folder} stays: {error}")
     shutil.rmtree(hidden, ignore_errors=True)
 
 

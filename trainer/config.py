@@ -56,6 +56,7 @@ def digest(config: Config) -> str:
         plain.pop(key)
     plain["data"].pop("path")
     plain["data"].pop("encode_from")
+    plain["data"].pop("audit")
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 

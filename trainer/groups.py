@@ -191,6 +191,7 @@ class Data:
     verify: bool = True  # check every sample against its hash in the index
     on_bad: str = one_of("stop", "stop", "replace")  # replace: deterministically, counted, up to max_bad
     max_bad: int = at_least(0, 0)  # samples; 0: one in 10,000
+    audit: str = ""  # a folder: every position trained on is recorded there; none where empty
     threads: int = at_least(1, 1)  # that copy samples into a batch
     access: str = one_of("auto", "auto", "mmap", "pread")  # auto: mmap, but pread on file systems of a network
     heldout: float = at_least(

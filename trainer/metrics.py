@@ -15,6 +15,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
 
 from trainer.metrics_table import BY_NAME
+from trainer.state import is_full
 from trainer.targets import Target
 
 disable_created_metrics()  # one more series per counter, that nobody asked for
@@ -78,8 +79,12 @@ class Metrics:
         if self._log is None:
             return
         line = {"time": round(time.time(), 3), "attempt": self.attempt, **self._line}
-        self._log.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
+            self._log.flush()
+        except OSError as error:  # kept in the file's buffer, and written with a later line
+            if not is_full(error):
+                raise
         for tracker in self.trackers:
             tracker.log(clock, _flat(self._line))
 

@@ -5,6 +5,7 @@ order, because each of these is collective.
 """
 
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from trainer import checkpoint, flops, provenance
+from trainer.audit import Audit
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import Config, digest, to_dict
 from trainer.determinism import fix_environment
@@ -22,7 +24,7 @@ from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.peers import FOREVER, Peers
 from trainer.snapshot_writer import SnapshotWriter
-from trainer.state import RunState
+from trainer.state import RunState, is_full, tell
 from trainer.stop import Stop
 from trainer.watchdog import PATIENCE_FACTOR, Watchdog
 
@@ -66,13 +68,13 @@ class Run:
         votes, snapshots, checkpoints = (self._group(timedelta(seconds=patience)) for _ in range(3))
         stop.vote_in(votes)
         commit = provenance.commit()
-        self.snapshots = SnapshotWriter(
-            folder, self._snapshot_header(commit), self.rank, self.world, snapshots, patience
-        )
+        header = self._snapshot_header(commit)
+        self.snapshots = SnapshotWriter(folder, header, self.rank, self.world, snapshots, patience)
         c = config.checkpoints
         self.checkpoints = CheckpointWriter(
-            folder, self.engine, checkpoints, self.snapshots, c.keep_last, c.keep_every_images
+            folder, self.engine, checkpoints, self.snapshots, c.keep_last, c.keep_every_images, header
         )
+        self.audit = Audit(config.data.audit, self.state.attempt, self.rank, self.clock)
         m = config.metrics
         self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port)
         self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
@@ -118,7 +120,7 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line to the log, from rank 0."""
         if self.rank == 0:
-            print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+            tell(f"[{time.strftime('%H:%M:%S')}] {line}", sys.stdout)
 
     def due(self, every_images: int) -> bool:
         """Say whether the last step brought the clock to or past a multiple of `every_images`, or to the end."""
@@ -158,6 +160,7 @@ class Run:
         with self.phase("backward", remark):
             self.engine.backward(losses.sum())
         self.examples.noise_levels.observe(parts)
+        self.audit.record(self.clock, e.positions, losses)
         self.meter.losses(e.positions, losses, parts)
 
     def take_snapshots(self) -> None:
@@ -218,11 +221,19 @@ class Run:
     def note_progress(self) -> None:
         """Tell others the clock and what is durable."""
         self.watchdog.alive("state")
+        self.metrics.set("evenkeel_snapshot_queue_bytes", self.snapshots.queue_bytes)
+        self.metrics.count("evenkeel_snapshot_write_failures_total", self.snapshots.retried)
+        self.metrics.count("evenkeel_checkpoint_write_failures_total", self.checkpoints.failures)
         durable = max(self.checkpoints.durable, self.state.values["last_checkpoint"])
         if durable != self.noted_durable:
             self._note_durable(durable)
         self.metrics.count("evenkeel_snapshots_written_total", self.snapshots.written)
-        self.state.write(clock=self.clock, last_checkpoint=durable)
+        try:
+            self.state.write(clock=self.clock, last_checkpoint=durable)
+        except OSError as error:  # of use to others only: it must not stop the training
+            if not is_full(error):
+                raise
+            self.say(f"warning: {self.state.path} is behind: {error}")
         self.watchdog.alive("vote")
 
     def end(self, status: int) -> None:

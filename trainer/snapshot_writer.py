@@ -2,12 +2,11 @@
 
 Every rank has a writer with one thread. The ranks' threads send their pieces, already cast, to rank 0 over a gloo group of their
 own; rank 0 assembles and writes. What must not break: nothing in a thread touches the default process group, and a disk without
-space stops snapshots (counted, retried, then dropped, oldest first), never the training.
+space loses none: they wait in memory, checkpoints wait for them, and when that memory is used up the training waits, then ends.
 """
 
 import errno
 import json
-import sys
 import threading
 import time
 from collections import deque
@@ -21,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import tensor_file
+from trainer.state import is_full, tell
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 MAX_PENDING = 4  # jobs not yet assembled: beyond these, `submit` waits (two snapshots of two lengths)
-MAX_UNWRITTEN = 4  # assembled snapshots kept in memory while the disk is full
-RETRY_SECONDS = 30.0
+MAX_UNWRITTEN = 4  # assembled snapshots kept in memory while the disk is full: with as many, `submit` waits
+RETRY_SECONDS, AWAITED_RETRY_SECONDS = 10.0, 1.0  # to write what a full disk refused; sooner when somebody waits for it
 PATIENCE_SECONDS = 60.0  # how long `close` goes on trying
 
 
@@ -53,8 +52,8 @@ def file_name(clock: int, sigma_rel: float) -> str:
 class SnapshotWriter:
     """Gather and write snapshots in the background; one per rank, submitted to in the same order on every rank.
 
-    Counters for metrics, all of rank 0: `written`, `retried` (attempts that a full disk refused), `dropped` (given up for lack of
-    space and of memory to keep them), `unwritten` (assembled, waiting for space).
+    For metrics, all of rank 0: `written`, `retried` (attempts that a full disk refused), `unwritten` (assembled, waiting for
+    space), `queue_bytes` (host memory of what is not on disk).
     """
 
     def __init__(self, run_dir, header: dict, rank: int, world: int, group, timeout_seconds: float = 600.0):
@@ -62,11 +61,11 @@ class SnapshotWriter:
         self.rank, self.world, self.group = rank, world, group
         self.timeout = timedelta(seconds=timeout_seconds)
         self.dtype = tensor_file.DTYPES[header["dtype"]]
-        self.written = self.retried = self.dropped = 0
+        self.written = self.retried = 0
         self._jobs: deque[_Job] = deque()
         self._unwritten: deque[tuple[Path, dict, dict[str, Tensor]]] = deque()
         self._changed, self._error = threading.Condition(), None
-        self._busy, self._closing, self._deadline = False, False, 0.0
+        self._busy, self._closing, self._deadline, self._awaited = False, False, 0.0, 0
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".*.writing"):
@@ -79,14 +78,36 @@ class SnapshotWriter:
         """Count snapshots that wait in memory for disk space."""
         return len(self._unwritten)
 
-    def submit(self, clock: int, sigma_rel: float, tensors: Iterable, buffers: Mapping[str, Tensor]) -> None:
-        """Hand over this rank's (name, shape, start, host) pieces; returns at once unless MAX_PENDING are ahead of it.
+    @property
+    def queue_bytes(self) -> int:
+        """Count the host memory of snapshots that are not on disk yet."""
+        with self._changed:
+            waiting = [t for _, _, tensors in self._unwritten for t in tensors.values()]
+            return sum(t.nbytes for t in waiting) + sum(p.host.nbytes for job in self._jobs for p in job.pieces)
 
-        `buffers` are kept in fp32 and used on rank 0 only. Raises what the thread has raised before.
+    def submit(
+        self,
+        clock: int,
+        sigma_rel: float,
+        tensors: Iterable,
+        buffers: Mapping[str, Tensor],
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        """Hand over this rank's (name, shape, start, host) pieces; returns at once unless the queue is full.
+
+        `buffers` are kept in fp32 and used on rank 0 only. Raises what the thread has raised before, and OSError where a full disk
+        keeps the queue full for `patience_seconds`.
         """
         job = _Job(int(clock), float(sigma_rel), [Piece(*t) for t in tensors], dict(buffers))
         with self._changed:
             self._changed.wait_for(lambda: self._error or len(self._jobs) < MAX_PENDING)
+            self._awaited += 1
+            if not self._changed.wait_for(
+                lambda: self._error or len(self._unwritten) < MAX_UNWRITTEN, timeout=patience_seconds
+            ):
+                names = ", ".join(path.name for path, _, _ in self._unwritten)
+                raise OSError(errno.ENOSPC, f"no space for {names}; they are made again when the run is resumed")
+            self._awaited -= 1
             self._raise()
             self._jobs.append(job)
             self._changed.notify_all()
@@ -101,13 +122,17 @@ class SnapshotWriter:
         """Return when everything submitted is on disk; raise OSError where a full disk refuses it for `patience_seconds`."""
         refused_since = None
         with self._changed:
+            self._awaited += 1
+            self._changed.notify_all()
             while not self._changed.wait_for(
                 lambda: self._error or not (self._jobs or self._busy or self._unwritten), timeout=1.0
             ):
                 refused = self._unwritten and not self._busy  # tried, and waiting for the next try
                 refused_since = (refused_since or time.monotonic()) if refused else None
                 if refused_since is not None and time.monotonic() - refused_since > patience_seconds:
+                    self._awaited -= 1
                     raise OSError(errno.ENOSPC, f"{len(self._unwritten)} snapshots wait for space on the disk")
+            self._awaited -= 1
             self._raise()
 
     def close(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
@@ -127,7 +152,8 @@ class SnapshotWriter:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-                pause = (1.0 if self._closing else RETRY_SECONDS) if self._unwritten else None
+                retry = AWAITED_RETRY_SECONDS if self._closing or self._awaited else RETRY_SECONDS
+                pause = retry if self._unwritten else None
                 self._changed.wait_for(lambda: self._jobs or self._closing and not self._unwritten, timeout=pause)
                 if self._error or (self._closing and not self._jobs and not self._unwritten):
                     return
@@ -183,7 +209,8 @@ class SnapshotWriter:
         header = (
             {"kind": "ema"} | self.header | {"clock": job.clock, "sigma_rel": job.sigma_rel, "buffers": sorted(buffers)}
         )
-        self._unwritten.append((self.folder / file_name(job.clock, job.sigma_rel), header, buffers | whole))
+        with self._changed:
+            self._unwritten.append((self.folder / file_name(job.clock, job.sigma_rel), header, buffers | whole))
 
     def _send(self, tensor: Tensor) -> None:
         dist.isend(tensor, group=self.group, group_dst=0).wait(self.timeout)
@@ -195,27 +222,22 @@ class SnapshotWriter:
     # -- to the disk
 
     def _write(self) -> None:
-        """Write assembled snapshots, oldest first; keep them when there is no space, and drop the oldest beyond MAX_UNWRITTEN."""
+        """Write assembled snapshots, oldest first; keep them when there is no space."""
         while self._unwritten:
             path, header, tensors = self._unwritten[0]
             try:
                 tensor_file.write(path, header, tensors)
                 self.written += 1
             except OSError as error:
-                if error.errno not in _NO_SPACE:
+                if not is_full(error):
                     raise
                 self.retried += 1
                 if self._closing and time.monotonic() > self._deadline:
                     names = ", ".join(p.name for p, _, _ in self._unwritten)
-                    raise OSError(
-                        error.errno, f"no space for {names} (and {self.dropped} before); free some and resume"
-                    ) from None
-                if len(self._unwritten) <= MAX_UNWRITTEN:
-                    return
-                self.dropped += 1
-                print(
-                    f"warning: no space for {path}: this snapshot is lost ({self.dropped} so far)",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            self._unwritten.popleft()
+                    raise OSError(error.errno, f"no space for {names}; free some and resume") from None
+                if self.retried == 1:
+                    tell(f"warning: no space for {path}: it waits in memory")
+                return
+            with self._changed:
+                self._unwritten.popleft()
+                self._changed.notify_all()

@@ -3,9 +3,12 @@
 Written atomically by rank 0 of the trainer, read only by others. Torch-free, so that a login node can read it.
 """
 
+import contextlib
+import errno
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -56,6 +59,11 @@ def fail(run: str | os.PathLike, error: Exception) -> None:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if read(run).get("status") == "failed":
         return
+    with contextlib.suppress(OSError):  # a full disk, often the very reason; the caller prints it, too
+        _write_failure(run, text)
+
+
+def _write_failure(run: str | os.PathLike, text: str) -> None:
     values = read(run) | {"status": "failed", "last_error": text, "time": time.time()}
     write_atomically(Path(run) / "state.json", json.dumps(values, indent=1).encode())
 
@@ -63,12 +71,27 @@ def fail(run: str | os.PathLike, error: Exception) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, fsync, rename, fsync the folder: a reader sees the old or the new file, whole, on NFS and Lustre too."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError:  # half a file would take the space that is missing
+        beside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def is_full(error: OSError) -> bool:
+    """Say whether a write was refused for lack of space: a full disk, or a quota that is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def tell(line: str, stream=None) -> None:
+    """Print a line (to stderr) wherever it goes: a log on a full disk must not stop what it tells about."""
+    with contextlib.suppress(OSError):
+        print(line, file=stream or sys.stderr, flush=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
     except (ValueError, FloatingPointError) as error:  # a damaged sample, a non-finite gradient: the line says it all
         return _failed(folder, error, 1)
     except Exception as error:
+        if isinstance(error, OSError) and state.is_full(error):
+            return _failed(folder, error, 1)
         if gone := run.peers.gone():  # what a collective's own error means
             return _failed(folder, gone, gone.status)
         traceback.print_exc()
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
 
 
 def _failed(folder: Path, error: Exception, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    state.tell(f"error: {error}")
     state.fail(folder, error)
     return status
 
