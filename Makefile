@@ -45,6 +45,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark
 	OMP_NUM_THREADS=1 $(PY) -m trainer.pauses
+	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark --table optimizer
 	OMP_NUM_THREADS=1 $(PY) -m data_pipeline.benchmark
 	OMP_NUM_THREADS=1 $(PY) -m trainer.posthoc_benchmark
 

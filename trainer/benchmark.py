@@ -10,6 +10,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.magnitude import MPConv, normalize
-from trainer import flops
+from trainer import flops, optimizer_benchmark
 from trainer.compilation import compile_forward
 from trainer.config import ROOT, to_dict
 from trainer.ema import ShardedEma
@@ -202,14 +203,29 @@ def _table(results: list[dict]) -> Table:
     return table
 
 
+def _print_optimizer(steps: int, as_json: bool) -> int:
+    ratio = optimizer_benchmark.step_ratio(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = optimizer_benchmark.memory(folder)
+    if as_json:
+        print(json.dumps({"optimizer_step_cpu": ratio, "bytes_per_parameter": rows}))
+    else:
+        for table in optimizer_benchmark.tables(ratio, rows):
+            Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m trainer.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--way", default=",".join(WAYS), help=f"comma list of {', '.join(WAYS)}")
+    parser.add_argument("--table", choices=("step", "optimizer"), default="step")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.table == "optimizer":
+        return _print_optimizer(options.steps, options.json)
     ways = options.way.split(",")
     if unknown := [w for w in ways if w not in WAYS]:
         print(f"error: --way {unknown[0]}: must be one of {', '.join(WAYS)}", file=sys.stderr)

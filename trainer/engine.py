@@ -20,6 +20,7 @@ from models.magnitude import normalize_rows_
 from trainer.compilation import compile_forward
 from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
+from trainer.model_keys import compiles
 from trainer.optimizer import Fragment, MagnitudeAdam, row_length, whole_fragments
 from trainer.peers import meet
 
@@ -117,7 +118,8 @@ class Engine:
         self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite, replicas)
         # DeepSpeed's own call, not the module's: it is what tells a ZeRO stage where a micro-batch begins
         self.denoiser = self._deepspeed
-        if config.engine.compile == "true" or config.engine.compile == "auto" and on_gpu():
+        one_graph = compiles(config.model) and (config.engine.zero_stage < 3 or config.model.family == "edm2")
+        if config.engine.compile == "true" or config.engine.compile == "auto" and on_gpu() and one_graph:
             self._compile()
 
     @property
@@ -145,7 +147,7 @@ class Engine:
             part.forward = compile_forward(part)
 
     def _deepspeed_config(self) -> dict:
-        total = sum(math.prod(shape) for shape in self.shapes.values())
+        total = self.num_parameters()
         zero = {
             "stage": self.config.engine.zero_stage,
             "round_robin_gradients": False,  # with it, `_hp_mapping` points at other tensors
@@ -292,6 +294,26 @@ class Engine:
     def weights(self) -> dict[str, torch.Tensor]:
         """Return every fp32 master, whole, on every rank; collective, and as large as the network."""
         return {name: self._gather(name) for name in self.shapes}
+
+    def num_parameters(self) -> int:
+        """Count the network's parameters, all ranks together."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def held_bytes(self) -> dict[str, int]:
+        """Return what this rank holds between steps, by kind: the forward's weights, masters, Adam's moments, averages."""
+        partitioned = self.config.engine.zero_stage == 3
+        weights = 0
+        for p in self.module.parameters():
+            weights += p.numel() * p.element_size()  # at stage 3 only what stays whole on every rank
+            weights += p.ds_tensor.numel() * p.ds_tensor.element_size() if partitioned else 0
+        flats = {id(f.flat): f.flat for f in self.fragments}.values() if self.config.engine.zero_stage else ()
+        moments = [m for state in self.optimizer.adam.state.values() for m in (state["exp_avg"], state["exp_avg_sq"])]
+        return {
+            "weights": weights,
+            "masters": sum(flat.numel() * flat.element_size() for flat in flats),
+            "moments": sum(m.numel() * m.element_size() for m in moments),
+            "averages": self.ema.num_bytes(),
+        }
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return the module's buffers (Fourier frequencies and phases), the same on every rank."""

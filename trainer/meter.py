@@ -65,6 +65,8 @@ class Meter:
         metrics.set("evenkeel_restarts_total", metrics.attempt - 1)
         metrics.set("evenkeel_requeues_total", int(os.environ.get("EVENKEEL_REQUEUES", "0")))
         self.engine.time_collectives(self._due(clock + config.global_batch))
+        for kind, held in engine.held_bytes().items():
+            metrics.set("evenkeel_state_bytes", held, kind=kind)
 
     def wants_magnitudes(self) -> bool:
         """Say whether the step under way is followed by a publication, so that its forward should collect magnitudes."""

@@ -44,6 +44,8 @@ TABLE = tuple(Metric(*row) for row in (
     ("evenkeel_gpu_utilization_ratio", "gauge", "1", (), "rank", "Share of the last second in which a kernel ran (NVML)",
      "GPU with nvidia-ml-py"),
     ("evenkeel_gpu_power_watts", "gauge", "W", (), "rank", "Power that the GPU draws (NVML)", "GPU with nvidia-ml-py"),
+    ("evenkeel_state_bytes", "gauge", "bytes", ("kind",), "rank",
+     "What this rank holds between steps: weights of the forward, masters, Adam's moments, averages"),
     ("evenkeel_model_flops_per_image", "gauge", "FLOP", (), "run",
      "Model FLOPs of training on one image, forward and backward"),
     ("evenkeel_flops_per_second", "gauge", "FLOP/s", (), "run", "Model FLOP/s of all ranks"),

@@ -51,7 +51,7 @@ def _check_ode(model: Model, engine: Engine) -> None:
             f"model.ode.solver={ode.solver}: ranks would take different numbers of steps, and with engine.zero_stage=3 each step "
             f"gathers weights from all: they would wait forever; use a fixed-step solver or engine.zero_stage=2"
         )
-    if engine.compile and (ode.adjoint or ode.solver in ADAPTIVE):
+    if engine.compile == "true" and not compiles(model):
         what = "model.ode.adjoint=true" if ode.adjoint else f"model.ode.solver={ode.solver}"
         raise ValueError(
             f"{what}: does not compile as one graph; set engine.compile=false, or fixed steps without adjoint"
@@ -60,6 +60,11 @@ def _check_ode(model: Model, engine: Engine) -> None:
         raise ValueError(
             f"model.label_dim={model.label_dim}: the released network sees no class; set model.label_dim=0"
         )
+
+
+def compiles(model: Model) -> bool:
+    """Say whether the network compiles as one graph: an adaptive solver or the adjoint method does not."""
+    return model.family != "unode" or not (model.ode.adjoint or model.ode.solver in ADAPTIVE)
 
 
 def _value(model: Model, key: str):

@@ -56,6 +56,8 @@ class Run:
         self.weighting = {"weighting": loss.weighting, "prediction": config.model.prediction}
         self.weighting |= {"gamma": loss.gamma, "k": loss.p2_k}
         self.engine = Engine(config, build_denoiser(config))
+        held = ", ".join(f"{kind} {n / 2**20:.1f} MiB" for kind, n in self.engine.held_bytes().items())
+        self.say(f"rank 0 of {self.world} holds, ZeRO stage {config.engine.zero_stage}: {held}")
         self.clock, extras = checkpoint.restore(folder, self.engine, self.say)
         self.engine.optimizer.num_nonfinite.fill_(extras.get("nonfinite_steps", 0))
         self.examples.noise_levels.restore(extras.get("noise"), self.rank)

@@ -59,13 +59,14 @@ def count(model: dict) -> Size | None:
     return Size(tally.parameters, 2 * tally.macs, tally.saved, tally.kept)
 
 
-def bytes_per_parameter(num_averages: int) -> dict[str, dict[str, int]]:
+def bytes_per_parameter(num_averages: int, weights: str = "fp32") -> dict[str, dict[str, int]]:
     """Return the bytes a rank holds per parameter, by ZeRO stage: "replicated" on every rank and "sharded" over ranks.
 
-    All fp32: module weights 4, gradients 4, Adam's moments 8, averages 4 each; ZeRO keeps another copy of the weights,
-    the masters, in its shards. Stage 0 shards nothing. Activations and communication buffers are not included.
+    Module weights 4 (2 where `weights` is bf16); all else is fp32: gradients 4, Adam's moments 8, averages 4 each; ZeRO keeps
+    another copy of the weights, the masters, in its shards. Stage 0 shards nothing. Activations and communication buffers are
+    not included.
     """
-    weights, gradients, moments, masters, averages = 4, 4, 8, 4, 4 * num_averages
+    weights, gradients, moments, masters, averages = {"fp32": 4, "bf16": 2}[weights], 4, 8, 4, 4 * num_averages
     return {
         "0": {"replicated": weights + gradients + moments + averages, "sharded": 0},
         "1": {"replicated": weights + gradients, "sharded": masters + moments + averages},
