@@ -174,6 +174,12 @@ def test_sharded_equals_whole(world, whole):
             assert 0.97 * size <= max(rank[i]["held"][kind] for rank in ranks) <= 1.02 * size, (case, kind)
 
 
+def test_no_parameter_has_no_dimension():
+    assert [n for n, p in build(config_of()).named_parameters() if p.ndim == 0] == [], (
+        "DeepSpeed 0.19.8 crashes on them"
+    )
+
+
 def nonfinite_steps(cases: list[tuple[int, str]]) -> list[dict]:
     """Two ranks, a NaN in one tensor's gradient on rank 1 in the second of four steps."""
     from trainer.engine import Engine, start_process_group

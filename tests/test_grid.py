@@ -107,9 +107,10 @@ def test_a_sample_of_the_grid_trains_like_one_process():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["false", "true"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_whole_grid_runs_or_is_refused(stage):
-    check_cases([case for case in GRID if case[0] == stage])
+def test_the_whole_grid_runs_or_is_refused(stage, compiled):
+    check_cases([case for case in GRID if (case[0], case[4]) == (stage, compiled)])
 
 
 def test_what_is_refused_names_what_works():
