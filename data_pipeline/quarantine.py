@@ -5,11 +5,14 @@ number. So every layout of ranks makes the same replacements of the same damage,
 checkpoint, makes them again even where the damage was repaired meanwhile. A maintainer must keep it so.
 """
 
+import errno
 import threading
 
 import numpy as np
 
 from data_pipeline import order
+
+_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class BadSample(ValueError):
@@ -55,6 +58,8 @@ class Quarantine:
     def note(self, shard: int, sample: int, error: Exception):
         """Add what is bad: a sample, or else its shard; raise ValueError when the policy or its limit says stop."""
         message = str(error)
+        if getattr(error, "errno", None) in _OWN_FAULTS:
+            raise error  # of this process, not of the data
         if isinstance(error, OSError):
             message = f"shard {self.names[shard]}: {error}; restore it or set on_bad=replace"
         with self._lock:

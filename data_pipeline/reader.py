@@ -298,15 +298,13 @@ class Source:
 
 
 def _descriptors_for(shards: int) -> int:
-    """Return how many of `shards` may be open at once, after asking for as many descriptors as that takes."""
+    """Return how many of `shards` may be open at once, after asking for as many descriptors as that takes: two for each."""
+    wanted = 2 * shards + _SPARE_DESCRIPTORS  # one is the map's own
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < shards + _SPARE_DESCRIPTORS:
-        wanted = (
-            shards + _SPARE_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, shards + _SPARE_DESCRIPTORS)
-        )
-        with contextlib.suppress(
-            ValueError, OSError
-        ):  # not allowed here: fewer are open at once, and opened more often
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-            soft = max(soft, wanted)
-    return max(1, shards if soft == resource.RLIM_INFINITY else min(shards, soft - _SPARE_DESCRIPTORS))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max(1, shards)
+    with contextlib.suppress(ValueError, OSError):  # not allowed here: fewer are open at once, and opened more often
+        raised = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, raised), hard))
+        soft = max(soft, raised)
+    return max(1, min(shards, (soft - _SPARE_DESCRIPTORS) // 2))

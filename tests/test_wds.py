@@ -87,6 +87,24 @@ def test_prefetch_changes_nothing_but_time(clean):
         assert torch.equal(ahead.batch(blocks[0]).stored, plain.batch(blocks[0]).stored)
 
 
+def test_a_wide_window_has_its_descriptors(tmp_path):
+    """Every shard of a window stays open: the soft limit is raised, and where it cannot be, fewer are open at once."""
+    samples = make_dataset(tmp_path / "d", sizes=(1,) * 40)
+    code = (
+        "import resource, sys, numpy as np; from data_pipeline import reader, wds\n"
+        "soft, hard = int(sys.argv[2]), int(sys.argv[3])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)); reader._SPARE_DESCRIPTORS = 40\n"
+        "with wds.open_source(sys.argv[1], 0, 40, on_bad='replace', max_bad=40) as source:\n"
+        "    found = source.batch(np.arange(80)).stored\n"
+        "    print(len(source._open), source.counters()['replaced'], len(found))"
+    )
+    for soft, hard, opened in ((60, 400, 40), (60, 60, 10)):
+        command = [sys.executable, "-c", code, str(tmp_path / "d"), str(soft), str(hard)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.stdout.split() == [str(opened), "0", "80"], done.stderr
+    assert len(samples) == 40
+
+
 def test_many_threads_may_read(clean):
     folder, samples = clean
     with wds.open_source(folder, 1, 2, max_open=1) as source:
