@@ -44,6 +44,13 @@ def test_stratified_levels_lower_the_variance_and_not_the_mean(tmp_path):
     assert means["stratified"] == pytest.approx(means["iid"], abs=5 * spread)
 
 
+def test_the_limit_is_the_share_of_variance_within_strata():
+    rng = np.random.default_rng(0)
+    sigma = rng.random(20_000)
+    loss = 3 * sigma + rng.normal(size=20_000)  # variances 9 / 12 and 1
+    assert draw_variance.limit(np.stack([sigma, loss])) == pytest.approx(1 / (1 + 9 / 12), rel=0.05)
+
+
 def test_the_same_batches_give_ratio_one():
     rng = np.random.default_rng(0)
     same = {"losses": list(rng.normal(size=40)), "squares": list(1 + rng.random(40)), "mean": 0.5}

@@ -37,6 +37,7 @@ def measure(network, examples: Examples, seed: int, batch: int, repeats: int, un
     found = {}
     for kind in KINDS:
         losses, squares, mean = [], [], [torch.zeros_like(p) for p in parameters]
+        single = []
         for r in range(repeats):
             e = examples.at(np.arange(r * batch, (r + 1) * batch))
             sigma = sigma_of(kind, examples, e, seed)
@@ -44,6 +45,7 @@ def measure(network, examples: Examples, seed: int, batch: int, repeats: int, un
                 network, e.latents, e.labels, sigma, e.noise, sigma_data=network.sigma_data, uncertainty=uncertainty
             )
             loss = per_sample.mean() / e.latents[0].numel()
+            single.append(np.stack([sigma.cpu().numpy(), per_sample.detach().cpu().numpy()]))
             gradient = torch.autograd.grad(loss, parameters)
             losses.append(loss.item())
             squares.append(sum(float(g.double().square().sum()) for g in gradient))
@@ -51,8 +53,17 @@ def measure(network, examples: Examples, seed: int, batch: int, repeats: int, un
                 m += g / repeats
             progress.advance(batch)
         of_mean = sum(float(m.double().square().sum()) for m in mean)
-        found[kind] = {"losses": losses, "squares": squares, "mean": of_mean}
+        found[kind] = {"losses": losses, "squares": squares, "mean": of_mean, "single": np.concatenate(single, 1)}
     return found
+
+
+def limit(single: np.ndarray) -> float:
+    """Return the share of a single loss's variance that sigma does not explain: what perfect strata leave of it.
+
+    `single` are sigma and loss [2, N]; neighbours in sigma differ by everything but sigma (von Neumann's ratio).
+    """
+    loss = single[1][np.argsort(single[0])].astype(np.float64)
+    return float(np.square(np.diff(loss)).mean() / 2 / loss.var(ddof=1))
 
 
 def ratios(found: dict) -> dict:
@@ -95,9 +106,8 @@ def main(argv=None) -> int:
         result = {"run": header["run"], "clock": header["clock"], "batch": options.batch, "repeats": options.repeats}
         with Progress("measuring", 4 * options.repeats * options.batch, "images") as progress:
             for name, uncertainty in (("with uncertainty", True), ("without", False)):
-                result[name] = ratios(
-                    measure(network, examples, run.seed, options.batch, options.repeats, uncertainty, progress)
-                )
+                found = measure(network, examples, run.seed, options.batch, options.repeats, uncertainty, progress)
+                result[name] = ratios(found) | {"loss_variance_limit": limit(found["iid"]["single"])}
         print(json.dumps(result))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
