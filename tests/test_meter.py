@@ -23,6 +23,8 @@ OVERRIDES = [
     "checkpoints.every_images=256",
     f"metrics.every_images={2 * BATCH}",
     "metrics.peak_flops=1e12",
+    "metrics.tensorboard=true",
+    f"metrics.profile_at_images={4 * BATCH}",
 ]
 # this run has attention, clipping, snapshots, checkpoints and a named peak: only these may be missing
 ABSENT = {m.name for m in TABLE if m.present.startswith(("GPU", "network with ODE"))}
@@ -119,6 +121,24 @@ def test_figures_agree_with_each_other(first):
     assert all(value == pytest.approx(1, abs=2e-4) for value in line["evenkeel_layer_weight_rms"].values())
     assert 0 < line["evenkeel_checkpoint_timestamp_seconds"] <= line["time"]
     assert line["evenkeel_snapshots_left_bytes"] == 0 and line["evenkeel_disk_free_bytes"] > 0
+
+
+def test_tensorboard_gets_the_same_numbers(first):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(first[0] / "tensorboard"))
+    events.Reload()
+    found = lines(first[0])
+    loss = events.Scalars("loss")
+    assert [e.step for e in loss] == [line["evenkeel_images_seen"] for line in found]
+    assert [e.value for e in loss] == pytest.approx([line["evenkeel_loss"] for line in found])
+    assert events.Scalars("mfu_ratio/peak=metrics.peak_flops")
+
+
+def test_a_trace_is_written_where_the_config_asks_for_one(first):
+    traces = list((first[0] / "profiles").glob("*"))
+    assert [p.name for p in traces] == [f"{4 * BATCH:010d}-rank0.json"]
+    names = {event.get("name", "") for event in json.loads(traces[0].read_text())["traceEvents"]}
+    assert any("conv" in name for name in names) and "Optimizer.step#Adam.step" in names
 
 
 def test_counters_go_on_after_a_resume_on_another_number_of_ranks(first, data):

@@ -230,7 +230,12 @@ class Metrics:
     port: int = at_least(0, 0)  # 0: any free one; it is written to RUN/targets/
     peak_flops: float = at_least(
         0.0, 0.0
-    )  # FLOP/s of one device that MFU is measured against; 0: by its name, trainer/flops.py
+    )  # FLOP/s of one device that MFU is measured against; 0: by its name, trainer/peaks.py
+    tensorboard: bool = False  # also to RUN/tensorboard/; needs the package tensorboard
+    wandb: str = ""  # also to this project of Weights & Biases; needs the package wandb
+    profile_at_images: int = at_least(
+        0, 0
+    )  # trace three steps from this clock on, as touching RUN/profile does; 0: none
 
 
 @dataclass

@@ -20,6 +20,7 @@ from trainer.ema_profiles import beta
 from trainer.engine import Engine
 from trainer.loss import LossParts
 from trainer.metrics import Metrics
+from trainer.profiles import Profiles
 from trainer.snapshot_plan import clocks_of
 
 # what the source counts in this start of the run
@@ -47,6 +48,7 @@ class Meter:
         recomputed = cost.recomputed_flops_per_image if config.engine.activation_checkpointing else 0
         self.hardware_flops = cost.training_flops_per_image + recomputed
         self.peak = _peak(config, engine.device)
+        self.profiles = Profiles(metrics.run, metrics.rank, engine.device, config.metrics.profile_at_images)
         self.elements = config.model.channels * config.model.resolution**2
         self.clock = self.published_clock = clock
         self.published_time = time.perf_counter()
@@ -83,6 +85,7 @@ class Meter:
 
     def step(self, clock: int, learning_rate: float) -> bool:
         """End a step; publish if it is time, and say so."""
+        self.profiles.step(self.clock, clock)
         self.clock = clock
         self.metrics.set("evenkeel_last_step_timestamp_seconds", time.time())
         self.metrics.set("evenkeel_rank_clock_images", clock)

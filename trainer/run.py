@@ -26,6 +26,7 @@ from trainer.peers import FOREVER, Peers
 from trainer.snapshot_writer import SnapshotWriter
 from trainer.state import RunState, is_full, tell
 from trainer.stop import Stop
+from trainer.trackers import open_trackers
 from trainer.watchdog import PATIENCE_FACTOR, Watchdog
 
 
@@ -78,7 +79,8 @@ class Run:
         )
         self.audit = Audit(config.data.audit, self.state.attempt, self.rank, self.clock)
         m = config.metrics
-        self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port)
+        trackers = open_trackers(folder, m, self.clock, to_dict(config)) if self.rank == 0 else []
+        self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port, trackers)
         self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
         self.metrics.load_state(extras.get("metrics", {}), self.world)
         cost = flops.count(to_dict(config)["model"])
