@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from data_pipeline import encode
-from tests.gloo import ROOT, Ranks
+from tests.gloo import ROOT, Ranks, on_ranks
 from trainer.metrics_table import TABLE
 
 BATCH, STEPS = 64, 16
@@ -139,6 +139,32 @@ def test_a_trace_is_written_where_the_config_asks_for_one(first):
     assert [p.name for p in traces] == [f"{4 * BATCH:010d}-rank0.json"]
     names = {event.get("name", "") for event in json.loads(traces[0].read_text())["traceEvents"]}
     assert any("conv" in name for name in names) and "Optimizer.step#Adam.step" in names
+
+
+def timed_windows() -> list[tuple[float, float]]:
+    import deepspeed.comm
+    import torch
+
+    from tests.test_engine import BATCH, build, config_of
+    from trainer.engine import Engine, start_process_group
+
+    start_process_group()
+    config = config_of(engine__zero_stage=1, micro_batch=BATCH // 2)
+    engine, windows = Engine(config, build(config)), []
+    for _ in range(4):
+        engine.time_collectives(True)
+        began = time.perf_counter()
+        for _ in range(5):
+            deepspeed.comm.all_reduce(torch.ones(1000))
+        windows.append((engine.time_collectives(False), time.perf_counter() - began))
+        deepspeed.comm.all_reduce(torch.ones(1000))  # outside of a window: not counted
+    engine.close()
+    return windows
+
+
+def test_communication_is_that_of_one_window_and_does_not_add_up():
+    for windows in on_ranks(2, timed_windows):
+        assert all(0 < seconds <= wall for seconds, wall in windows), windows
 
 
 def test_counters_go_on_after_a_resume_on_another_number_of_ranks(first, data):
