@@ -177,8 +177,8 @@ def test_every_parameter_gets_a_gradient_and_checkpointing_changes_none():
 
 
 def test_the_adjoint_has_the_gradient_of_the_steps():
-    through = gradients({"ode": {"solver": "rk4", "steps": 8}})
-    adjoint = gradients({"ode": {"solver": "rk4", "steps": 8, "adjoint": True}})
+    through = gradients({"ode": {"solver": "rk4", "steps": 16}})
+    adjoint = gradients({"ode": {"solver": "rk4", "steps": 16, "adjoint": True}})
     for name in through:
         scale = through[name].abs().max()
         assert (through[name] - adjoint[name]).abs().max() < 0.02 * scale + 1e-6, name

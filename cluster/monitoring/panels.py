@@ -104,6 +104,7 @@ ONE_RUN = Board(
             ((f"time() - {of('evenkeel_last_forward_timestamp_seconds')}", "rank {{rank}}"),),
         ),
         plain("Memory by rank", "bytes", "evenkeel_memory_bytes", "rank {{rank}}"),
+        plain("What each rank holds between steps", "bytes", "evenkeel_state_bytes", "rank {{rank}} {{kind}}"),
         plain("GPU utilisation", "percentunit", "evenkeel_gpu_utilization_ratio", "rank {{rank}}", "a GPU"),
         plain("GPU power", "watt", "evenkeel_gpu_power_watts", "rank {{rank}}", "a GPU"),
         plain("FLOP/s of one rank", "short", "evenkeel_rank_flops_per_second"),
@@ -250,6 +251,19 @@ EMA = Board(
             "snapshots and checkpoints",
         ),
         Panel("Snapshots: on disk still to come", "bytes", ((of("evenkeel_snapshots_left_bytes"), "{{run}}"),)),
+        Panel(
+            "Snapshots: in host memory, not on disk yet",
+            "bytes",
+            ((f"sum by (run) ({of('evenkeel_snapshot_queue_bytes')})", "{{run}}"),),
+        ),
+        Panel(
+            "Writes that failed",
+            "short",
+            (
+                (of("evenkeel_snapshot_write_failures_total"), "{{run}} snapshots"),
+                (f"max by (run) ({of('evenkeel_checkpoint_write_failures_total')})", "{{run}} checkpoints"),
+            ),
+        ),
         plain("Clock of the newest checkpoint", "short", "evenkeel_checkpoint_clock_images"),
     ),
 )
