@@ -144,7 +144,7 @@ def whole():
     return whole_training()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_sharded_equals_whole(world, whole):
     weights, averages = whole
     cases = [(0, 2), (1, 2), (2, 1), (1, BATCH // world), (3, 2)]

@@ -46,6 +46,7 @@ def all_the_way(preset: str, data: Path, folder: Path, *more: str) -> list[dict]
     return metrics
 
 
+@pytest.mark.slow
 def test_a_u_node_goes_the_whole_way(data, tmp_path):  # noqa: F811
     metrics = all_the_way("unode_quickstart", data, tmp_path, "model.channels_per_head=16")
     blocks = ("enc.8x8_block0", "enc.4x4_block0", "dec.8x8_block0")

@@ -94,7 +94,10 @@ def undisturbed(data, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+SIGTERM = pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number, status", [SIGTERM, (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
 def test_a_signal_to_one_rank_stops_all_at_one_boundary_and_nothing_is_lost(
     number, status, data, undisturbed, tmp_path
 ):
@@ -114,6 +117,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_boundary_and_nothing_is_lost(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_takes_the_others_down_and_the_next_start_repeats_the_rest(data, undisturbed, tmp_path):
     run = tmp_path / "run"
     ranks = start(run, data)
@@ -134,6 +138,7 @@ def test_a_killed_rank_takes_the_others_down_and_the_next_start_repeats_the_rest
     assert_same(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_sees_the_same_samples_and_ends_within_rounding(data, undisturbed, tmp_path):
     run = tmp_path / "run"
     ranks = start(run, data, "optimizer.eps=1e-3")
