@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from trainer import generate, heldout, state
+from trainer.run_log import read_evaluations as read
 from trainer.snapshots import Snapshot, abandoned, list_snapshots
 from trainer.state import write_atomically
 
@@ -22,19 +23,6 @@ FILE = "evaluations.jsonl"
 POLL_SECONDS = 2.0
 ROWS, COLUMNS = 10, 8  # of a grid: classes, spread evenly over all of them, and images of each
 DATA_IMAGES = 2000  # enough for a standard error of about 1 % of the loss per bin
-
-
-def read(run: Path) -> list[dict]:
-    """Return the evaluations of a run by clock and EMA length; of a snapshot written again, the last."""
-    found = {}
-    path = run / FILE
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            one = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut off when its writer was killed: that snapshot is looked at again
-        found[one["snapshot"]] = one
-    return sorted(found.values(), key=lambda e: (e["evenkeel_images_seen"], e["sigma_rel"]))
 
 
 def pending(run: Path) -> list[Snapshot]:
