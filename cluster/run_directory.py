@@ -25,7 +25,8 @@ def absolute(config: Config, root: Path) -> Config:
     data = dataclasses.replace(config.data, path=_absolute(config.data.path, root))
     if (root / data.encode_from).exists() and data.encode_from:
         data.encode_from = _absolute(data.encode_from, root)
-    return dataclasses.replace(config, run=_absolute(config.run, root), data=data)
+    start_from = config.start_from and _absolute(config.start_from, root)
+    return dataclasses.replace(config, run=_absolute(config.run, root), start_from=start_from, data=data)
 
 
 def _absolute(path: str, root: Path) -> str:

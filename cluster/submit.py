@@ -18,7 +18,7 @@ import difflib  # noqa: E402
 from cluster import endings, follow, forecast, job, run_directory, slurm  # noqa: E402
 from cluster.run_directory import shown  # noqa: E402
 from data_pipeline import manifest  # noqa: E402
-from trainer import communication  # noqa: E402
+from trainer import communication, origin  # noqa: E402
 from trainer.config import Config, dump, load  # noqa: E402
 
 
@@ -93,6 +93,8 @@ def check(config: Config) -> None:
 def doubts(config: Config) -> list[str]:
     """Return warnings about what the job will find; ValueError where it would certainly fail on its data."""
     data, m = config.data, config.model
+    if config.start_from and not run_directory.last_checkpoint(Path(config.run)):
+        origin.check(config)
     folder, lines = Path(data.path), []
     if "://" in data.path or manifest.manifest_path(folder).is_file():
         found = manifest.load(data.path)

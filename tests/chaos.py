@@ -261,7 +261,7 @@ class Chaos:
 
     def damage(self, run: Path, kind: str) -> bool:
         found = sorted((run / "checkpoints").glob("[0-9]*"))
-        if not found:
+        if len(found) < 2:  # a run whose only checkpoint is damaged is refused, which is not what this looks for
             return False
         path = self.random.choice(sorted(found[-1].iterdir()))
         content = bytearray(path.read_bytes())

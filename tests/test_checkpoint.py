@@ -88,7 +88,7 @@ def load_and_save(source: str, target: str, stage: int) -> tuple[int, bool]:
     if rank == 0:
         shutil.copytree(source, target)
     torch.distributed.barrier()
-    clock, _ = checkpoint.restore(Path(target), engine, print)
+    clock, _ = checkpoint.restore(checkpoint.choose(Path(target), print), engine)
     parameters = dict(engine.module.named_parameters())
     same = all(
         torch.equal(parameters[f.name].detach().flatten()[f.start : f.start + len(f.master)], f.master)

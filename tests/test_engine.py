@@ -257,7 +257,7 @@ def moved_between_stages(folder: str, cases: list[tuple[int, int]]) -> list:
         here.append(pieces(engine))
         engine._deepspeed.destroy()
         engine = Engine(config_of(engine__zero_stage=loaded, seed=1), build(config_of(seed=1)))
-        assert checkpoint.restore(run, engine, print)[0] == 2 * BATCH
+        assert checkpoint.restore(checkpoint.choose(run, print), engine)[0] == 2 * BATCH
         here.append(pieces(engine))
         one_step(engine, 2)
         here.append(pieces(engine))

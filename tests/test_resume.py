@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from data_pipeline import encode
 from tests.gloo import ROOT, Ranks
+from trainer.checkpoint import list_checkpoints
 from trainer.snapshots import file_name, read_header
 
 STEPS, BATCH = 12, 64
@@ -121,12 +122,14 @@ def test_a_signal_to_one_rank_stops_all_at_one_boundary_and_nothing_is_lost(
 def test_a_killed_rank_takes_the_others_down_and_the_next_start_repeats_the_rest(data, undisturbed, tmp_path):
     run = tmp_path / "run"
     ranks = start(run, data)
-    wait_for_clock(run, 6 * BATCH, ranks)
+    wait_for_clock(run, 8 * BATCH, ranks)
+    while len(list_checkpoints(run)) < 2:
+        assert all(p.poll() is None for p in ranks.processes), ranks.output()
+        time.sleep(0.005)
     ranks.processes[1].kill()
     statuses = ranks.wait(60)
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2, 75, 130, -signal.SIGKILL), ranks.output()
     # the newest checkpoint is damaged on top: the one before must serve
-    (run / "checkpoints").mkdir(exist_ok=True)
     newest = sorted((run / "checkpoints").glob("[0-9]*"))[-1]
     file = newest / "rank00001.safetensors"
     content = bytearray(file.read_bytes())
@@ -134,7 +137,7 @@ def test_a_killed_rank_takes_the_others_down_and_the_next_start_repeats_the_rest
     file.write_bytes(content)
     ranks = start(run, data)
     assert ranks.wait() == [0, 0], ranks.output()
-    assert "damaged checkpoint" in ranks.output()
+    assert "damaged checkpoint" in ranks.output() and "continuing at 256 images" in ranks.output()
     assert_same(run, undisturbed)
 
 

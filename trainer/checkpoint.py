@@ -90,30 +90,45 @@ def verify(checkpoint: Path) -> list[str]:
     return problems
 
 
-def restore(run: Path, engine: Engine, say) -> tuple[int, dict]:
-    """Load the newest whole checkpoint into the engine and return (clock, extras); (0, {}) where there is none.
+def choose(run: Path, say) -> Path | None:
+    """Return the newest whole checkpoint, the same on every rank; None where the run has none yet. Collective.
 
-    Collective. A damaged checkpoint is reported through `say` and the one before it is used.
+    A damaged one is reported through `say` and the one before it is used. Raise ValueError where none is whole: to begin again at 0
+    would overwrite what the run has made.
     """
-    choice = [None]
-    if engine.rank == 0:
+    chosen, refusal = None, ""
+    if dist.get_rank() == 0:
         for candidate in reversed(list_checkpoints(run)):
             problems = verify(candidate)
             if not problems:
-                choice = [candidate]
+                chosen, refusal = candidate, ""
                 break
-            say(f"damaged checkpoint, using the one before: {problems[0]}")
-    dist.broadcast_object_list(choice)
-    if choice[0] is None:
-        return 0, {}
-    manifest = json.loads((choice[0] / "manifest.json").read_text())
+            refusal = (
+                f"{problems[0]}; no checkpoint before it is whole; copy one back, or move {run} away to start anew"
+            )
+            say(f"damaged checkpoint, looking for the one before: {problems[0]}")
+    shared = [chosen, refusal]
+    dist.broadcast_object_list(shared)
+    if shared[1]:
+        raise ValueError(shared[1])
+    return shared[0]
+
+
+def restore(checkpoint: Path, engine: Engine) -> tuple[int, dict]:
+    """Load a checkpoint into the engine, whatever ranks and ZeRO stage wrote it; return (clock, extras)."""
+    manifest = read_manifest(checkpoint)
     if sorted(manifest["sigma_rel"]) != sorted(engine.ema.sigma_rel):
         raise ValueError(
-            f"{choice[0]}: holds averages for ema.sigma_rel={manifest['sigma_rel']}, the config asks for {engine.ema.sigma_rel}; "
+            f"{checkpoint}: holds averages for ema.sigma_rel={manifest['sigma_rel']}, the config asks for {engine.ema.sigma_rel}; "
             f"keep the list, or start another run"
         )
-    _load_state(choice[0], manifest, engine)
+    _load_state(checkpoint, manifest, engine)
     return manifest["clock"], manifest["extras"]
+
+
+def read_manifest(checkpoint: Path) -> dict:
+    """Return a checkpoint's manifest."""
+    return json.loads((checkpoint / "manifest.json").read_text())
 
 
 @torch.no_grad()
@@ -143,6 +158,11 @@ def _load_state(checkpoint: Path, manifest: dict, engine: Engine) -> None:
     for moments in engine.optimizer.adam.state.values():
         moments["step"].fill_(manifest["adam_step"])
     engine.refresh_copies()
+
+
+def origin_of(checkpoint: Path) -> dict | None:
+    """Return where the weights of its run came from, None where they were random (trainer/origin.py)."""
+    return read_manifest(checkpoint).get("header", {}).get("origin")
 
 
 def hash_file(path: Path) -> str:

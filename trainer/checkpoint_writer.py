@@ -42,7 +42,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         if engine.rank == 0:
             for left in (run / "checkpoints").glob(".*"):  # of a life that was killed while it wrote or deleted
-                shutil.rmtree(left, ignore_errors=True)
+                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
         self._error: BaseException | None = None
 
     def save(self, clock: int, life: int, extras: dict) -> None:

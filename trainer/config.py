@@ -52,7 +52,7 @@ def dump(config: Config) -> str:
 def digest(config: Config) -> str:
     """Return a short hash that names this config wherever it is recorded; paths and placement leave no trace in it."""
     plain = to_dict(config)
-    for key in ("run", "cluster", "metrics"):
+    for key in ("run", "start_from", "cluster", "metrics"):  # where it starts from: the files' own entry `origin`
         plain.pop(key)
     plain["data"].pop("path")
     plain["data"].pop("encode_from")

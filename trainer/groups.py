@@ -286,6 +286,7 @@ class Config:
     global_batch: int = required(1)
     micro_batch: int = required(1)  # samples of one forward on one rank
     seed: int = at_least(0, 0)
+    start_from: str = ""  # a snapshot, reconstruction or import whose weights a new run begins with; empty: random ones
     model: Model = field(default_factory=Model)
     noise: Noise = field(default_factory=Noise)
     loss: Loss = field(default_factory=Loss)

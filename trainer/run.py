@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainer import checkpoint, flops, provenance
+from trainer import checkpoint, flops, origin, provenance
 from trainer.audit import Audit
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import Config, digest, to_dict
@@ -56,10 +56,13 @@ class Run:
         loss = config.loss
         self.weighting = {"weighting": loss.weighting, "prediction": config.model.prediction}
         self.weighting |= {"gamma": loss.gamma, "k": loss.p2_k}
-        self.engine = Engine(config, build_denoiser(config))
+        found = checkpoint.choose(folder, self.say)
+        module = build_denoiser(config)
+        self.origin = self._begin(module) if found is None else checkpoint.origin_of(found)
+        self.engine = Engine(config, module)
         held = ", ".join(f"{kind} {n / 2**20:.1f} MiB" for kind, n in self.engine.held_bytes().items())
         self.say(f"rank 0 of {self.world} holds, ZeRO stage {config.engine.zero_stage}: {held}")
-        self.clock, extras = checkpoint.restore(folder, self.engine, self.say)
+        self.clock, extras = checkpoint.restore(found, self.engine) if found else (0, {})
         self.engine.optimizer.num_nonfinite.fill_(extras.get("nonfinite_steps", 0))
         self.examples.noise_levels.restore(extras.get("noise"), self.rank)
         if "quarantine" in extras:
@@ -89,6 +92,18 @@ class Run:
         self._note_durable(self.clock)
         self.state.write(status="running", clock=self.clock)
 
+    def _begin(self, module) -> dict | None:
+        """Fill a new run's network with the weights that `start_from` names, if any; return where they come from."""
+        if not self.config.start_from:
+            return None
+        path = Path(self.config.start_from)
+        header = origin.check(self.config)
+        for line in origin.doubts(header, self.examples.manifest):
+            self.say(line)
+        origin.load(module, path)
+        self.say(f"the weights of {path}; the optimizer, the averages and the clock start afresh")
+        return origin.provenance(header, path)
+
     def _group(self, timeout: timedelta):
         return dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 
@@ -106,7 +121,8 @@ class Run:
         }
         if config.data.heldout:  # absent where nothing is, so that snapshots of earlier versions stay of one series
             data["heldout"] = config.data.heldout
-        return {
+        came_from = {"origin": self.origin} if self.origin else {}  # a series begun by an earlier version stays one
+        return came_from | {
             "kind": "ema",
             "model": to_dict(config)["model"],
             "noise": to_dict(config)["noise"],
