@@ -1,6 +1,7 @@
 """A checkpoint is complete or absent, exact, and the same state for any number of ranks and any ZeRO stage."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.test_resume import state_of
 
 def train_and_save(run: str, stage: int, clocks: list[int], fill_disk: bool = False) -> list[str]:
     """On each rank: two steps, then a checkpoint at each of `clocks`; return what went wrong."""
+    os.umask(0o027)  # as cluster.umask does before the trainer starts
     from trainer import checkpoint_writer
     from trainer.engine import Engine, start_process_group
 
@@ -45,13 +47,13 @@ class NoSnapshots:
         pass
 
 
-def writer_of(run: str, engine, keep_last: int):
+def writer_of(run: str, engine, keep_last: int, keep_every: int = 0):
     from trainer.checkpoint_writer import CheckpointWriter
     from trainer.config import to_dict
 
     group = torch.distributed.new_group(backend="gloo") if engine.world > 1 else None
     header = {"model": to_dict(engine.config)["model"], "data": {}}
-    return CheckpointWriter(Path(run), engine, group, NoSnapshots(), keep_last, header=header)
+    return CheckpointWriter(Path(run), engine, group, NoSnapshots(), keep_last, keep_every, header)
 
 
 def no_space(tensors, path):
@@ -60,8 +62,8 @@ def no_space(tensors, path):
     raise OSError(28, "No space left on device")
 
 
-def damaged_newer(run: str) -> list[str]:
-    """Keep one: with a damaged checkpoint beyond the clock, the good one must stay."""
+def kept(run: str) -> tuple[list[str], list[str]]:
+    """Keep one, where a damaged checkpoint lies beyond the clock; keep one and those at multiples of 24 images."""
     from trainer.checkpoint import list_checkpoints
     from trainer.engine import Engine, start_process_group
 
@@ -73,7 +75,13 @@ def damaged_newer(run: str) -> list[str]:
     for clock in (12, 24):
         writer.save(clock, life=1, extras={})
         writer.wait()
-    return [p.name for p in list_checkpoints(Path(run))]
+    one = [p.name for p in list_checkpoints(Path(run))]
+    every = Path(run) / "every"
+    writer = writer_of(every, engine, keep_last=1, keep_every=24)
+    for clock in (12, 24, 36, 48, 60):
+        writer.save(clock, life=1, extras={})
+    writer.wait()
+    return one, [p.name for p in list_checkpoints(every)]
 
 
 def load_and_save(source: str, target: str, stage: int) -> tuple[int, bool]:
@@ -114,6 +122,9 @@ def test_only_the_last_are_kept_and_verify(saved):
     assert [p.name for p in kept] == ["0000000024", "0000000036"]
     assert [checkpoint.verify(p) for p in kept] == [[], []]
     assert not list((saved / "checkpoints").glob(".*")), "nothing half-written is left"
+    modes = {oct(p.stat().st_mode & 0o777) for p in (saved / "checkpoints").rglob("*") if p.is_file()}
+    folders = {oct(p.stat().st_mode & 0o777) for p in kept}
+    assert (modes, folders) == ({"0o640"}, {"0o750"}), "what the umask leaves: the group reads"
     for clock, before in ((24, 12), (36, 24)):
         values = torch.cat([v for k, v in state_of(saved, clock).items() if k.startswith("master/")])
         assert bool((values == -before).any()) and not bool((values == -clock).any()), (
@@ -121,8 +132,10 @@ def test_only_the_last_are_kept_and_verify(saved):
         )
 
 
-def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
-    assert on_ranks(1, damaged_newer, str(tmp_path)) == [["0000000024", "0000000099"]]
+def test_a_damaged_newer_one_does_not_push_out_the_good_one_and_some_are_kept_for_good(tmp_path):
+    assert on_ranks(1, kept, str(tmp_path)) == [
+        (["0000000024", "0000000099"], ["0000000024", "0000000048", "0000000060"])
+    ]
 
 
 def test_latest_moves_last_and_is_never_followed_to_something_incomplete(saved, tmp_path):

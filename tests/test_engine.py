@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.gloo import on_ranks
+from trainer.ema_profiles import beta, gamma_from_sigma_rel
 
 # odd widths, so that partitions cut through rows
 MODEL = {
@@ -174,12 +175,6 @@ def test_sharded_equals_whole(world, whole):
             assert 0.97 * size <= max(rank[i]["held"][kind] for rank in ranks) <= 1.02 * size, (case, kind)
 
 
-def test_no_parameter_has_no_dimension():
-    assert [n for n, p in build(config_of()).named_parameters() if p.ndim == 0] == [], (
-        "DeepSpeed 0.19.8 crashes on them"
-    )
-
-
 def nonfinite_steps(cases: list[tuple[int, str]]) -> list[dict]:
     """Two ranks, a NaN in one tensor's gradient on rank 1 in the second of four steps."""
     from trainer.engine import Engine, start_process_group
@@ -189,7 +184,7 @@ def nonfinite_steps(cases: list[tuple[int, str]]) -> list[dict]:
     for stage, policy in cases:
         config = config_of(engine__zero_stage=stage, micro_batch=6, optimizer__nonfinite=policy)
         engine = Engine(config, build(config_of()))
-        seen, known = [], []
+        seen, known, averages = [], [], []
         for step in range(4):
             part = slice(rank * 6, rank * 6 + 6)
             loss = losses_of(engine.denoiser, step, part)
@@ -199,7 +194,9 @@ def nonfinite_steps(cases: list[tuple[int, str]]) -> list[dict]:
             engine.step(rate(step) + 0.001, (step + 1) * BATCH)
             known.append(engine.optimizer.nonfinite_steps())
             seen.append(weights_of(engine))
-        results.append({"weights": seen, "known": known, "bad": engine.optimizer.bad_tensors()})
+            averages.append([(f.master.clone(), t.clone()) for f, t in zip(engine.fragments, engine.ema.averages[0])])
+        bad = engine.optimizer.bad_tensors()
+        results.append({"weights": seen, "known": known, "bad": bad, "averages": averages})
         engine._deepspeed.destroy()
     return results
 
@@ -215,6 +212,11 @@ def test_nonfinite_gradient_never_reaches_the_weights():
             moved = [not torch.equal(at[n], before[n]) for n in at]
             goes_on = [not torch.equal(after[n], at[n]) for n in at]
             assert any(moved) == (policy == "zero") and any(goes_on) == (policy != "stop"), (stage, policy)
+            if policy == "skip":  # the clock and, with it, the averages go on
+                weight = 1 - float(beta(2 * BATCH, BATCH, gamma_from_sigma_rel(0.05)))
+                for (_, was), (master, now) in zip(r["averages"][0], r["averages"][1], strict=True):
+                    assert torch.allclose(now, was + weight * (master - was), rtol=0, atol=1e-6)
+                assert any(not torch.equal(a[1], b[1]) for a, b in zip(r["averages"][0], r["averages"][1]))
         assert {n for rank in ranks for n in rank[i]["bad"]} == {"unet.out_gain"}, (stage, policy)
 
 

@@ -18,9 +18,10 @@ from rich.table import Table
 from trainer import communication, size
 from trainer.communication import RING, Traffic
 from trainer.config import load, to_dict
-from trainer.engine import BUCKET_ELEMENTS, device, start_process_group
+from trainer.engine import device, start_process_group
 from trainer.flops import count
 from trainer.groups import Config
+from trainer.zero import BUCKET_ELEMENTS
 
 # messages beyond this are measured at this size: a host has less memory, and gloo less speed, than GPUs
 LIMIT_BYTES = {"cpu": 2**26, "cuda": 2**31}

@@ -1,8 +1,8 @@
 """The only file that knows DeepSpeed: process group, ZeRO engine, and where this rank's pieces of the fp32 masters lie.
 
 Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so that torchrun, Slurm and a
-single process all work without DeepSpeed's launcher. Keep `gradient_clipping` written out: DeepSpeed 0.19.3 and later clip
-at 1.0 unless told.
+single process all work without DeepSpeed's launcher. What must not break: nothing else imports it, and `fragments` is the only
+way to the masters.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from models import denoiser
 from models.edm2 import Block
 from models.magnitude import normalize_rows_
+from trainer import zero
 from trainer.compilation import compile_forward
 from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
@@ -26,9 +27,6 @@ from trainer.peers import meet
 
 # how long ranks wait at the start for the last of them, and a collective for one that neither comes nor dies
 MEETING_SECONDS, COLLECTIVE_SECONDS = 600.0, 600.0
-
-# gradients that are reduced in one message: 128 MiB of fp32, some ten of them for EDM2-S
-BUCKET_ELEMENTS = 2**25
 
 
 def on_gpu() -> bool:
@@ -107,9 +105,12 @@ class Engine:
         exact = {n: p.detach().to("cpu", copy=True) for n, p in self.module.named_parameters()} if self._casts else {}
         o = config.optimizer
         adam = torch.optim.Adam(self.module.parameters(), lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
-        self._deepspeed, *_ = deepspeed.initialize(model=self.module, optimizer=adam, config=self._deepspeed_config())
+        settings = zero.settings(config, self.num_parameters(), self.micro_steps, on_gpu())
+        self._deepspeed, *_ = deepspeed.initialize(model=self.module, optimizer=adam, config=settings)
         self.fragments = self._find_fragments(adam)
-        self._verify_layout()
+        if config.engine.zero_stage:
+            zero.check_values(self.fragments, self.module, config.engine.zero_stage)
+            zero.check_coverage(self.fragments, self.shapes)
         for f in self.fragments if exact else []:
             f.master.copy_(exact[f.name].view(-1)[f.start : f.start + f.master.numel()])
         del exact
@@ -146,42 +147,6 @@ class Engine:
         for part in parts:
             part.forward = compile_forward(part)
 
-    def _deepspeed_config(self) -> dict:
-        total = self.num_parameters()
-        zero = {
-            "stage": self.config.engine.zero_stage,
-            "round_robin_gradients": False,  # with it, `_hp_mapping` points at other tensors
-            "overlap_comm": self.config.engine.overlap and on_gpu(),
-            # DeepSpeed's default is one bucket of 2 GB, which would hold most networks whole and overlap nothing
-            "reduce_bucket_size": min(total, BUCKET_ELEMENTS),
-        }
-        if self.config.engine.zero_stage in (1, 2):
-            zero["compute_grad_norm"] = False  # with it, DeepSpeed drops a step with a non-finite gradient in silence
-        if self.config.engine.zero_stage == 3:
-            zero["sub_group_size"] = (
-                2**62
-            )  # one flat partition, so that one step of Adam sees all of this rank's fragments
-            # tensors below a thousandth of the network (gains, the ends) stay whole on each rank: memory that nobody misses
-            zero["stage3_param_persistence_threshold"] = min(100_000, total // 1000)
-            # DeepSpeed would keep a network of up to 1e9 parameters whole from its first gathering on, and save nothing
-            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = total // 8
-            zero["stage3_prefetch_bucket_size"] = total // 16
-        sixteen_bit = {}
-        if self._casts:  # gradients are summed, over micro-batches and over ranks, in fp32
-            sixteen_bit = {
-                "bf16": {"enabled": True, "check_grad_overflow": False},
-                "data_types": {"grad_accum_dtype": "fp32"},
-                "communication_data_type": "fp32",
-            }
-        return sixteen_bit | {
-            "train_micro_batch_size_per_gpu": self.config.micro_batch,
-            "gradient_accumulation_steps": self.micro_steps,
-            "gradient_clipping": 0.0,
-            "steps_per_print": 1_000_000_000,
-            "zero_optimization": zero,
-            "checkpoint": {"tag_validation": "Fail"},
-        }
-
     def _find_fragments(self, adam: torch.optim.Adam) -> list[Fragment]:
         if self.config.engine.zero_stage == 0:
             return whole_fragments(self.module)
@@ -217,30 +182,6 @@ class Engine:
     def owned(self) -> list[Fragment]:
         """Return the fragments that this rank writes to checkpoints and snapshots: together, every element once."""
         return self.fragments if self.config.engine.zero_stage or self.rank == 0 else []
-
-    def _verify_layout(self) -> None:
-        """Assert that the fragments of all ranks cover every element once and hold the module's values."""
-        if self.config.engine.zero_stage == 0:
-            return
-        parameters = dict(self.module.named_parameters())
-        for f in self.fragments:
-            p, begin = parameters[f.name].detach(), f.start
-            if self.config.engine.zero_stage == 3:
-                p, begin = parameters[f.name].ds_tensor, 0
-            copy = p.reshape(-1)[begin : begin + f.master.numel()]
-            assert torch.equal(f.master.to(copy.dtype), copy), f"{f.name}: the master found is not this parameter's"
-        mine = [(f.name, f.start, f.master.numel()) for f in self.fragments]
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, mine)
-        pieces = {name: [] for name in self.shapes}
-        for name, start, n in sorted(piece for part in everyone for piece in part):
-            pieces[name].append((start, n))
-        for name, found in pieces.items():
-            total = math.prod(self.shapes[name])
-            ends = [0] + [start + n for start, n in found]
-            assert [start for start, _ in found] + [total] == ends, (
-                f"{name}: {found} do not cover {total} elements once"
-            )
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch's summed loss."""
