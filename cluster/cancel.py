@@ -1,4 +1,7 @@
-"""Stop a run in good order: it saves a checkpoint, then leaves, and is not restarted. `python -m cluster.cancel RUN [--now]`"""
+"""Stop a run in good order: it saves a checkpoint, then leaves, and is not restarted. `python -m cluster.cancel RUN [--now]`
+
+Of a sweep, all its points.
+"""
 
 import argparse
 import json
@@ -8,9 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from cluster import slurm
+from cluster import points, slurm
 from cluster.run_directory import follower, read_state, runs_training, saved_images, shown, write_atomically
 
 LOOK_SECONDS = 0.5
@@ -19,17 +23,32 @@ LOOK_SECONDS = 0.5
 def main(argv: list[str] | None = None) -> int:
     """Ask the run to stop, wait until it has, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cluster.cancel", description="Stop a run: save, then leave.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run or sweep directory")
     parser.add_argument(
         "--now", action="store_true", help="do not wait for a checkpoint: lose what came after the last one"
     )
     arguments = parser.parse_args(argv)
     try:
-        print(cancel(arguments.run.resolve(), arguments.now))
+        run = arguments.run.resolve()
+        for line in cancel_sweep(run, arguments.now) if points.is_sweep(run) else [cancel(run, arguments.now)]:
+            print(line, flush=True)
         return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def cancel_sweep(folder: Path, now: bool) -> Iterator[str]:
+    """Stop all points of a sweep and yield a line for each that was active; ValueError when none was."""
+    active = [folder / name for name in points.recorded(folder) if slurm.active_state(folder / name)]
+    if not active:
+        _cancel_here(folder, now)
+        yield f"{shown(folder)} is stopped; the same --sweep command goes on with it"
+        return
+    # those that wait go first: they would start when the one that they wait for has left
+    for run in sorted(active, key=lambda run: slurm.active_state(run) == "RUNNING"):
+        if slurm.active_state(run):
+            yield cancel(run, now)
 
 
 def cancel(run: Path, now: bool) -> str:
@@ -39,6 +58,10 @@ def cancel(run: Path, now: bool) -> str:
     state = slurm.active_state(run)
     if state:
         return _cancel_job(run, slurm.job_of(run), state, now)
+    return _cancel_here(run, now)
+
+
+def _cancel_here(run: Path, now: bool) -> str:
     pid, host = follower(run)
     trainer = read_state(run)
     if pid and host != socket.gethostname():

@@ -141,8 +141,7 @@ class Follower:
 
     def follow(self, first_attempt: int) -> int:
         """Run to the end and return the exit status: the trainer's own."""
-        for number in (signal.SIGINT, *FROM_OUTSIDE):
-            signal.signal(number, self.note)
+        before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, *FROM_OUTSIDE)}
         self.display = Display(self.config)
         number, idle, reached = first_attempt, 0, clock(self.run)
         try:
@@ -162,6 +161,8 @@ class Follower:
         finally:
             self.display.close()
         self.report(outcome, status)
+        for number, handler in before.items():  # a sweep goes on with its next point
+            signal.signal(number, handler)
         return status
 
     def note(self, number: int, frame) -> None:

@@ -39,20 +39,32 @@ def prepare(config: Config, root: Path) -> list[str]:
     if not (run / "config.yaml").is_file():
         _make(config, root)
         return [f"starting {shown(run)}"]
-    old = load(run / "config.yaml")
-    moved, refused = [], []
-    for key, before, after in differences(to_dict(old), to_dict(config)):
-        (moved if key.startswith(PLACEMENT) else refused).append(f"  {key}: {before!r} -> {after!r}")
-    if refused:
-        raise ValueError(
-            f"{shown(run)} was started with another config; submit it unchanged ({python()} cluster/submit.py {shown(run)}), "
-            "or start another run from it with --fork NAME. Changed:\n" + "\n".join(refused)
-        )
+    moved = moves(config)
     if moved:
         write_atomically(run / "config.yaml", dump(config))
     if is_finished(run):
         return [f"{shown(run)} is finished at {clock(run)} images"]
     return [f"resuming {shown(run)} at {saved_images(run)} images", *moved]
+
+
+def moves(config: Config) -> list[str]:
+    """Return what this config changes of the run it names, a line per key; ValueError for what a run may not change."""
+    run = Path(config.run)
+    moved, refused = sort_out(load(run / "config.yaml"), config)
+    if refused:
+        raise ValueError(
+            f"{shown(run)} was started with another config; submit it unchanged ({python()} cluster/submit.py {shown(run)}), "
+            "or start another run from it with --fork NAME. Changed:\n" + "\n".join(refused)
+        )
+    return moved
+
+
+def sort_out(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """Return the differences of two configs, a line per key: what only says where a run happens, and all else."""
+    moved, other = [], []
+    for key, before, after in differences(to_dict(old), to_dict(new)):
+        (moved if key.startswith(PLACEMENT) else other).append(f"  {key}: {before!r} -> {after!r}")
+    return moved, other
 
 
 def check_new(run: Path, root: Path) -> None:

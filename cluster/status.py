@@ -1,77 +1,58 @@
-"""What runs where, and how far: `python -m cluster.status [RUN ...]`; without a RUN, all of runs/."""
+"""What runs where, and how far: `python -m cluster.status [RUN ...]`; without a RUN, all of runs/. Of a sweep, its points."""
 
 import argparse
-import socket
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster import slurm
-from cluster.follow import Tail, duration, short
-from cluster.run_directory import read_json, read_state, runs_training, saved_images, shown
-
-COLUMNS = ("run", "state", "clock", "images/s", "left", "saved at", "attempt", "seen", "last error", "logs")
-
-
-def row(run: Path) -> list[str]:
-    """Return one run's line of the table, by COLUMNS."""
-    state, values = read_state(run), Tail(run / "metrics.jsonl").read()
-    status = state.get("status") or "not started"
-    if (
-        status in ("starting", "running")
-        and state.get("host") == socket.gethostname()
-        and not runs_training(state.get("pid", 0))
-    ):
-        status = "gone"  # killed before it could say so
-    running = status in ("starting", "running")
-    job_state = slurm.active_state(run)
-    if job_state and (not running or job_state != "RUNNING"):
-        status = job_state  # waiting, or between two lives
-    error = str(state.get("last_error") or "").split("\n")[0]
-    if not running and status != "finished":
-        error = error or read_json(run / "logs" / "verdict.json").get("verdict", "")
-    rate, left = values.get("evenkeel_images_per_second"), values.get("evenkeel_eta_seconds")
-    clock = short(state.get("clock") or 0) + (f"/{short(state['duration'])}" if state.get("duration") else "")
-    return [
-        shown(run),
-        status,
-        clock,
-        f"{rate:,.0f}" if running and rate else "",
-        duration(left) if running and left is not None else "",
-        short(saved_images(run)),
-        str(state.get("attempt") or ""),
-        f"{duration(max(0.0, time.time() - state['time']))} ago" if state.get("time") else "",
-        error,
-        shown(run / "logs"),
-    ]
+from cluster import points, standing, sweep_table
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; return the exit status."""
+    """Print the tables; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cluster.status", description="Show what runs where, and how far.")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories; default: all of runs/")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="run or sweep directories; default: all of runs/"
+    )
     arguments = parser.parse_args(argv)
-    for run in arguments.runs:
+    sweeps = [run for run in arguments.runs if points.is_sweep(run)]
+    runs = [run for run in arguments.runs if run not in sweeps]
+    for run in runs:
         if not (run / "config.yaml").is_file():
             print(f"error: {run}: no run directory (it has no config.yaml); try: ls runs", file=sys.stderr)
             return 2
-    runs = arguments.runs or sorted(p.parent for p in Path("runs").glob("*/config.yaml"))
-    if not runs:
-        print("no runs in runs/ yet; start one: python cluster/submit.py configs/quickstart.yaml")
-        return 0
-    rows = [row(run) for run in runs]
+    if not arguments.runs:
+        found = [p for pattern in ("*/config.yaml", f"*/{points.FILE}") for p in Path("runs").glob(pattern)]
+        found += [c for p in found if p.name == points.FILE for c in p.parent.glob("*/config.yaml")]
+        runs = sorted(p.parent for p in found if p.name == "config.yaml")
+        if not runs:
+            print("no runs in runs/ yet; start one: python cluster/submit.py configs/quickstart.yaml")
+            return 0
+    try:
+        if runs:
+            show(list(standing.COLUMNS), [standing.row(run) for run in runs])
+        for folder in sweeps:
+            columns, found = sweep_table.write(folder)
+            show(columns, [sweep_table.cells(row, columns) for row in found])
+            print("\n".join(sweep_table.best(folder, found)), file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table."""
     console = Console(highlight=False)
     if console.is_terminal:
-        table = Table(*COLUMNS, box=None)
+        table = Table(*columns, box=None)
         for cells in rows:
             table.add_row(*cells)
         console.print(table)
     else:  # a pipe gets columns that survive `cut` and `awk`
-        print("\n".join("\t".join(cells) for cells in [COLUMNS, *rows]))
-    return 0
+        print("\n".join("\t".join(cells) for cells in [columns, *rows]))
 
 
 if __name__ == "__main__":

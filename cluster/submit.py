@@ -1,6 +1,7 @@
 """Submit a run: compose and check its config, copy the code, start it on this machine or on Slurm.
 
-    python cluster/submit.py configs/edm2_xl.yaml [key=value ...] [--dry-run] [--fork NAME]
+    python cluster/submit.py configs/edm2_xl.yaml [key=value ...] [--dry-run] [--fork NAME] [--after JOB]
+    python cluster/submit.py configs/edm2_xs.yaml --sweep lr.ref_lr=0.008,0.01,0.012 [--sweep seed=0,1] [--parallel 2]
 
 Never imports torch: a wrong config dies here, on the login node, within a second or two, in one line with exit status 2.
 """
@@ -14,8 +15,9 @@ if not __package__:  # run by path: `cluster` and `trainer` are names that other
 
 import argparse  # noqa: E402
 import difflib  # noqa: E402
+import os  # noqa: E402
 
-from cluster import endings, follow, forecast, job, run_directory, slurm  # noqa: E402
+from cluster import endings, follow, forecast, job, points, run_directory, slurm, sweep_table  # noqa: E402
 from cluster.run_directory import shown  # noqa: E402
 from data_pipeline import manifest  # noqa: E402
 from trainer import communication, origin  # noqa: E402
@@ -42,12 +44,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print the composed config (and the sbatch script), submit nothing"
     )
     parser.add_argument("--fork", metavar="NAME", help="start run NAME from the last checkpoint of the config's run")
+    parser.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="JOB",
+        help="start when this Slurm job (an id or a RUN) has ended well",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="key=a,b,c",
+        help="a run for each value; several: for each combination",
+    )
+    parser.add_argument("--parallel", type=int, metavar="N", help="points of a sweep at once, on Slurm (default: 2)")
     argv = sys.argv[1:] if argv is None else argv
     options = [o for a in parser._actions for o in a.option_strings]
     for word in argv:
         name = word.partition("=")[0]
         if word.startswith("-") and name not in options:
-            close = difflib.get_close_matches(name, options, 1)
+            close = difflib.get_close_matches(name, options, 1, 0.8)
             hint = (
                 f"did you mean {close[0]}?"
                 if close
@@ -63,17 +80,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status, which for a local run is the trainer's."""
     try:
         arguments = parse(argv)
+        if arguments.sweep:
+            return sweep(arguments)
+        if arguments.parallel is not None:
+            raise ValueError(f"--parallel {arguments.parallel}: is for a sweep; add --sweep key=a,b,c")
         config = run_directory.absolute(load(arguments.config, arguments.overrides), ROOT)
-        check(config)
+        after = check(config, arguments.after)
         warnings = doubts(config)
         if arguments.dry_run:
             print(dump(config), end="")
             if config.cluster.kind == "slurm":
-                print(f"\n# sbatch script:\n{slurm.script(config)}")
+                print(f"\n# sbatch script:\n{slurm.script(config, after)}")
             print("\n# what it will need\n" + "\n".join([*forecast.forecast(config), *communication.lines(config)]))
             print("\n".join(warnings))
             return 0
-        return submit(config, arguments.fork, warnings)
+        return submit(config, arguments.fork, warnings, after)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return endings.USER_ERROR
@@ -81,13 +102,50 @@ def main(argv: list[str] | None = None) -> int:
         return endings.INTERRUPTED
 
 
-def check(config: Config) -> None:
-    """Raise ValueError where the config asks its cluster for something it cannot do."""
+def sweep(arguments: argparse.Namespace) -> int:
+    """Check all points of a sweep, then start those that are missing; return the exit status."""
+    found = points.compose(arguments.config, arguments.overrides, points.parse(arguments.sweep), ROOT)
+    base = run_directory.absolute(load(arguments.config, arguments.overrides), ROOT)
+    on_slurm = base.cluster.kind == "slurm"
+    parallel = arguments.parallel or (2 if on_slurm else 1)
+    if arguments.fork:
+        raise ValueError(f"--fork {arguments.fork}: does not go with --sweep, whose points start from nothing")
+    if arguments.parallel is not None and arguments.parallel < 1 or (parallel > 1 and not on_slurm):
+        raise ValueError(f"--parallel {arguments.parallel}: must be at least 1, and 1 without cluster.kind=slurm")
+    after = ""
+    for point in found:
+        after = check(point.config, arguments.after)
+    warnings = list(dict.fromkeys(line for point in found for line in doubts(point.config)))
+    points.check(found, base, ROOT)
+    folder = points.folder_of(base)
+    print(f"{len(found)} points in {shown(folder)}, {parallel} at once", flush=True)
+    if arguments.dry_run:
+        print("\n".join([*points.plan(found), *warnings]))
+        return 0
+    print("\n".join(warnings), end="\n" if warnings else "", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = run_directory.hold(folder)  # until this process ends
+    assert lock >= 0
+    if on_slurm:
+        print("\n".join(points.submit_all(found, base, parallel, after, ROOT)))
+        print(f"follow:  {run_directory.python()} -m cluster.status {shown(folder)}")
+        print(f"stop:    {run_directory.python()} -m cluster.cancel {shown(folder)} (saves first)")
+        return endings.FINISHED
+    status = points.run_here(found, base, lambda config: submit(config, None, []))
+    print("\n".join(sweep_table.lines(folder)))
+    return status
+
+
+def check(config: Config, after: list[str]) -> str:
+    """Return what the job waits for; ValueError where the config asks its cluster for something it cannot do."""
     if config.cluster.kind == "local" and config.cluster.nodes != 1:
         raise ValueError(
             f"cluster.nodes={config.cluster.nodes}: a local run has one node; use cluster.nodes=1 with more "
             "cluster.ranks_per_node, or cluster.kind=slurm"
         )
+    if config.cluster.kind == "local" and after:
+        raise ValueError(f"--after {after[0]}: waits for a Slurm job, but this is a local run; add cluster.kind=slurm")
+    return slurm.after(after) if after else ""
 
 
 def doubts(config: Config) -> list[str]:
@@ -107,7 +165,7 @@ def doubts(config: Config) -> list[str]:
     return [*lines, *forecast.shortages(config)]
 
 
-def submit(config: Config, fork: str | None, warnings: list[str]) -> int:
+def submit(config: Config, fork: str | None, warnings: list[str], after: str = "") -> int:
     """Make or continue the run directory and start the job."""
     lines = []
     if fork:
@@ -116,16 +174,23 @@ def submit(config: Config, fork: str | None, warnings: list[str]) -> int:
     run_directory.check_new(run, ROOT)
     slurm.check_idle(run)
     run.mkdir(parents=True, exist_ok=True)
-    lock = run_directory.hold(run)  # until this process ends
-    assert lock >= 0
-    lines = lines or run_directory.prepare(config, ROOT)
+    lock = run_directory.hold(run)
+    try:
+        return start(config, lines or run_directory.prepare(config, ROOT), warnings, after)
+    finally:
+        os.close(lock)
+
+
+def start(config: Config, lines: list[str], warnings: list[str], after: str) -> int:
+    """Start the job of a run directory that is ours; return the exit status."""
+    run = Path(config.run)
     print("\n".join(lines + warnings), flush=True)
     wants_grid = config.cluster.finish_sigma_rel and not job.finish_files(config)[1].is_file()
     if run_directory.is_finished(run) and not wants_grid:
         print("\n".join(follow.summary(config)[1:]))
         return endings.FINISHED
     if config.cluster.kind == "slurm":
-        print("\n".join(slurm.submit(config)))
+        print("\n".join(slurm.submit(config, after)))
         return endings.FINISHED
     attempt = run_directory.next_attempt(run)
     print(f"logs: {shown(run / 'logs')}/{attempt:04d}_rank*.log", flush=True)

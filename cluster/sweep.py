@@ -44,6 +44,7 @@ class Sweep:
     options: list[str]  # handed to trainer.evaluate
     max_error: str
     kind: str = "local"
+    parallel: int = 8  # of a job array's elements, at once
 
     @property
     def folder(self) -> Path:
@@ -101,7 +102,7 @@ class Sweep:
     def execute(self, commands: list[list[str]]) -> None:
         """Run `python -m ...` commands, here one after another or all at once on Slurm."""
         if self.kind == "slurm":
-            sweep_array.execute(self.run, ROOT, commands)
+            sweep_array.execute(self.run, ROOT, commands, self.parallel)
             return
         for command in commands:
             sweep_array.run_one(ROOT, command)
@@ -217,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-error", default="0.05", help="refuse lengths with a larger predicted error (default %(default)s)"
     )
     parser.add_argument("--kind", choices=("local", "slurm"), help="where (default: as the run's config says)")
+    parser.add_argument("--parallel", type=int, default=8, help="jobs at once on Slurm (default %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep all reconstructions, not only the best")
     return parser
 
@@ -244,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"--guidance {options.guidance}: the loss is not guided; add a metric of drawn images, --metric latent"
             )
-        sweep = Sweep(run, clock, metrics, others, options.max_error, kind)
+        if options.parallel < 1:
+            raise ValueError(f"--parallel {options.parallel}: must be at least 1")
+        sweep = Sweep(run, clock, metrics, others, options.max_error, kind, options.parallel)
         sweep.measure(lengths, guidances)
         rows = sweep.rows(lengths, guidances)
         for probe in refine(sweep, lengths, guidances, options.refine) if options.refine else []:

@@ -42,38 +42,31 @@ def run_one(root: Path, command: list[str]) -> None:
         raise ValueError(last.removeprefix("error: ") or f"{command[0]} ended with status {status}")
 
 
-def execute(run: Path, root: Path, commands: list[list[str]]) -> None:
-    """Run all commands as one Slurm job array and return when it is over; ValueError naming the first that failed."""
-    config = load(run / "config.yaml")
-    c = config.cluster
+def execute(run: Path, root: Path, commands: list[list[str]], parallel: int) -> None:
+    """Run all commands as one Slurm job array, `parallel` at once, to its end; ValueError naming the first that failed."""
+    c = load(run / "config.yaml").cluster
     made = submitit.SlurmExecutor(run / "logs" / "sweep")
     made.update_parameters(
+        **slurm.parameters(c, root),
         job_name=f"{run.name}-sweep",
         nodes=1,
         ntasks_per_node=1,
-        cpus_per_task=c.cpus_per_rank,
         gpus_per_node=min(c.gpus_per_node, 1) or None,
-        time=c.time_minutes or None,
-        partition=c.partition or None,
-        account=c.account or None,
-        qos=c.qos or None,
-        constraint=c.constraint or None,
-        array_parallelism=len(commands),
-        setup=[f"cd {root} || exit 1", f"export PYTHONPATH={root}", *c.setup],
-        srun_args=[f"--cpus-per-task={c.cpus_per_rank}"],
-        additional_parameters=dict(c.slurm_parameters),
+        array_parallelism=parallel,
     )
-    with made.batch():
-        jobs = [made.submit(run_one, root, command) for command in commands]
-    print(
-        f"submitted Slurm job {jobs[0].job_id.partition('_')[0]}: {len(jobs)} tasks; logs in {run / 'logs' / 'sweep'}",
-        flush=True,
-    )
+
+    def submit() -> list[submitit.Job]:
+        with made.batch():
+            return [made.submit(run_one, root, command) for command in commands]
+
+    jobs = slurm.submit_quietly(submit)
+    array = jobs[0].job_id.partition("_")[0]
+    print(f"submitted Slurm job {array}: {len(jobs)} tasks; logs in {run / 'logs' / 'sweep'}", flush=True)
     try:
         for job in jobs:
             _wait(job)
     except KeyboardInterrupt:
-        subprocess.run(["scancel", jobs[0].job_id.partition("_")[0]], check=False)
+        subprocess.run(["scancel", array], check=False)
         raise
 
 

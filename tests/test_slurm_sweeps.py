@@ -1,0 +1,84 @@
+"""On a real Slurm: sweeps in lanes, chains of jobs, and nothing left behind."""
+
+import json
+import time
+
+from tests.small_checkout import state, wait_for
+from tests.test_slurm import ended, job_ids, job_state, machine, pytestmark, root, run_command  # noqa: F401
+
+ON_SLURM = ("cluster.kind=slurm", "cluster.ranks_per_node=1")
+
+
+def sweep(machine, root, *words, behave=None):  # noqa: F811
+    done = run_command(machine, root, "cluster/submit.py", "configs/small.yaml", *ON_SLURM, *words, behave=behave)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def job_of(run):
+    return json.loads((run / "logs/slurm_job.json").read_text())["job_id"]
+
+
+def running(machine):  # noqa: F811
+    return machine.call("squeue", "-h", "--states=RUNNING", "-o", "%A").split()
+
+
+def test_a_sweep_runs_in_lanes_and_restarts_what_failed(machine, root):  # noqa: F811
+    words = ("--sweep", "seed=0,1,2,3", "--parallel", "2")
+    out = sweep(machine, root, *words, behave={"step_seconds": 0.3})
+    assert out.count("submitted Slurm job") == 4 and "4 points in runs/small-sweep, 2 at once" in out
+    runs = [root / f"runs/small-sweep/small_seed={k}" for k in range(4)]
+    jobs = [job_of(run) for run in runs]
+    wait_for(lambda: all(state(run).get("clock", 0) > 20 for run in runs[:2]), 60)
+    machine.call("scontrol", "requeue", jobs[0])  # between two lives it has not ended: who waits for it waits on
+    machine.call("scancel", "--signal=KILL", jobs[1])  # crashes are restarted by policy
+    most, until = 0, time.monotonic() + 150
+    while job_ids(machine) and time.monotonic() < until:
+        most = max(most, len(running(machine)))
+        if job_state(machine, jobs[0]) not in ("COMPLETED", ""):
+            assert job_state(machine, jobs[2]) == "PENDING"
+        time.sleep(0.2)
+    assert most == 2 and state(runs[0])["attempt"] == 2
+    done = [state(run)["clock"] == 400 for run in runs]
+    assert done[0] and done[2] and done[3]
+    out = sweep(machine, root, *words)
+    assert out.count("finished\n") == sum(done) and out.count("submitted Slurm job") == 4 - sum(done)
+    wait_for(lambda: not job_ids(machine), 60)
+    shown = run_command(machine, root, "-m", "cluster.status", "runs/small-sweep").stdout.splitlines()
+    assert [line.split("\t")[:3] for line in shown[1:]] == [[str(k), "finished", "400"] for k in range(4)]
+
+
+def test_cancel_stops_all_points_and_the_sweep_goes_on(machine, root):  # noqa: F811
+    words = ("--sweep", "seed=0,1,2", "--parallel", "1")
+    sweep(machine, root, *words, behave={"step_seconds": 1})
+    first = root / "runs/small-sweep/small_seed=0"
+    wait_for(lambda: state(first).get("clock", 0) >= 20, 60)
+    again = sweep(machine, root, *words)  # nothing is started twice
+    assert again.count("submitted") == 0 and again.count("is PENDING") == 2 and again.count("is RUNNING") == 1
+    done = run_command(machine, root, "-m", "cluster.cancel", "runs/small-sweep")
+    assert done.returncode == 0 and done.stdout.count("is stopped at") == 3 and job_ids(machine) == [], done.stderr
+    assert state(first)["clock"] == max(int(p.name) for p in (first / "checkpoints").glob("[0-9]*"))
+    assert sweep(machine, root, *words).count("submitted Slurm job") == 3
+    wait_for(lambda: not job_ids(machine), 90)
+    assert state(first)["attempt"] == 2 and state(root / "runs/small-sweep/small_seed=2")["clock"] == 400
+
+
+def test_a_chain_starts_in_order_and_a_broken_one_is_taken_down(machine, root):  # noqa: F811
+    wrong = {"wrongs": [{"lives": [1], "clock": 100, "ranks": [0], "status": 2}]}
+    sweep(machine, root, "run=runs/a", behave={"step_seconds": 0.5})
+    sweep(machine, root, "run=runs/b", "--after", "runs/a", behave=wrong)
+    sweep(machine, root, "run=runs/c", "--sweep", "seed=0,1", "--after", job_of(root / "runs/b"))
+    a, b = (job_of(root / f"runs/{name}") for name in "ab")
+    wait_for(lambda: job_state(machine, a) == "RUNNING")
+    assert job_state(machine, b) == "PENDING"
+    wait_for(lambda: not job_ids(machine), 120)
+    assert job_state(machine, a) == "COMPLETED" and job_state(machine, b) == "FAILED"
+    points = [root / f"runs/c-sweep/c_seed={k}" for k in (0, 1)]
+    assert [job_state(machine, job_of(run)) for run in points] == ["CANCELLED", "CANCELLED"]
+    assert not any((run / "state.json").exists() for run in points)
+    refused = run_command(machine, root, "cluster/submit.py", "configs/small.yaml", *ON_SLURM, "--after", "runs/b")
+    assert refused.returncode == 2 and f"job {b} is FAILED" in refused.stderr and refused.stderr.count("\n") == 1
+    assert "submitted Slurm job" in sweep(
+        machine, root, "run=runs/d", "--after", a
+    )  # has ended well: nothing to wait for
+    assert ended(machine, job_of(root / "runs/d")) == "COMPLETED"
