@@ -30,6 +30,36 @@ def test_farewells_are_no_deaths(tmp_path):
     assert on_ranks(3, farewells, str(tmp_path)) == [True] * 3
 
 
+def last_one_dies(folder: str) -> None:
+    import os
+    from datetime import timedelta
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from trainer import peers
+
+    dist.init_process_group("gloo", timeout=timedelta(hours=1))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    mine = peers.Peers(Path(folder), rank, world, 1, group)
+    dist.barrier()
+    if rank == world - 1:
+        os._exit(0)
+    died = time.monotonic()
+    while (gone := mine.gone()) is None:
+        assert time.monotonic() - died < peers.GRACE_SECONDS
+    (Path(folder) / str(rank)).write_text(f"{gone}, {gone.status}")
+
+
+@pytest.mark.slow
+def test_the_news_of_a_death_is_around_the_ring_before_the_first_one_ends(tmp_path):
+    with pytest.raises(AssertionError, match="rank 3 left no result"):
+        on_ranks(4, last_one_dies, str(tmp_path))
+    said = {p.name: p.read_text() for p in tmp_path.iterdir() if p.name.isdigit()}
+    assert said == {str(r): "rank 3 is gone; this start ends, the last checkpoint stands, 1" for r in range(3)}
+
+
 def test_a_missing_rank_is_an_error_in_time(monkeypatch):
     from trainer import peers
 

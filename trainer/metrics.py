@@ -5,6 +5,7 @@ thread answers while a collective hangs. The JSONL has the clock and the attempt
 break: nothing is exported that is not in the table.
 """
 
+import io
 import json
 import math
 import os
@@ -21,6 +22,9 @@ from trainer.targets import Target
 disable_created_metrics()  # one more series per counter, that nobody asked for
 
 
+LONGEST_LINE_BYTES = 2**24  # of metrics.jsonl
+
+
 class Metrics:
     """The values of one rank, published together."""
 
@@ -35,7 +39,7 @@ class Metrics:
         self.endpoint = f"{address}:{self._server.server_port}"
         labels = {"run": run.name, "rank": str(rank), "attempt": str(attempt)}
         self.target = Target(run, rank, self.endpoint, labels)
-        self._log = open(run / "metrics.jsonl", "a") if rank == 0 else None
+        self._log = _open_log(run / "metrics.jsonl") if rank == 0 else None
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge, or a counter's total; metrics of scope 'run' are dropped on other ranks than 0."""
@@ -98,6 +102,16 @@ class Metrics:
             self._log.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def _open_log(path: Path):
+    """Open a log of JSON lines to append to; what follows its last newline was cut off by a kill, and goes."""
+    file = open(path, "ab+")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - LONGEST_LINE_BYTES))
+    tail = file.read()
+    file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+    return io.TextIOWrapper(file, encoding="utf-8")
 
 
 def _collector(metric, registry):

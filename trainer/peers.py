@@ -1,10 +1,12 @@
 """The other ranks: waits for all of them at the start, and notices at once when one is gone.
 
 A collective on a GPU waits for a dead rank until its timeout, and one on a CPU raises whatever its library says. Here each rank
-listens, in a thread and over sockets of its own, to the next one: a process that dies closes its sockets, whatever killed it. A
-machine that loses its power closes nothing: that is the watchdog's case (trainer/watchdog.py).
+listens, in a thread and over sockets of its own, to the next one: a process that dies closes its sockets, whatever killed it. Who
+hears of a death tells the one before at once, so that the news is around the ring before anybody's grace is over. A machine that
+loses its power closes nothing: that is the watchdog's case (trainer/watchdog.py).
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -22,6 +24,7 @@ FOREVER = timedelta(days=365)
 GRACE_SECONDS = (
     3.0  # for the training thread to end by itself: it may be about to fail for the same reason as the other rank
 )
+FAREWELL = -1  # instead of the rank that is gone
 TELLING_SECONDS = 0.5  # how much earlier than this thread a collective may hear that a rank is gone
 
 
@@ -72,19 +75,30 @@ class Peers:
     def close(self) -> None:
         """Say farewell; return when the next rank has done so too."""
         if self.group is not None:
-            dist.isend(torch.ones(1), group=self.group, group_dst=(self.rank - 1) % self.world).wait()
+            self._tell(FAREWELL, 0).wait()
             self._thread.join()
 
+    def _tell(self, gone: int, status: int) -> dist.Work:
+        """Send to the rank that listens to this one."""
+        return dist.isend(torch.tensor([gone, status]), group=self.group, group_dst=(self.rank - 1) % self.world)
+
     def _listen(self) -> None:
-        other = (self.rank + 1) % self.world
+        next_one = (self.rank + 1) % self.world
+        heard = torch.zeros(2, dtype=torch.int64)
         try:
-            dist.irecv(torch.zeros(1), group=self.group, group_src=other).wait()
+            dist.irecv(heard, group=self.group, group_src=next_one).wait()
+            gone, status = heard.tolist()
         except RuntimeError:  # the other end of the socket is closed, and no farewell came
             hang = watchdog.request(self.run, self.attempt).exists()
-            text = f"rank {other} is gone; this start ends, the last checkpoint stands"
-            self._gone = RankGone(text, START_AGAIN if hang else 1)
-            self._known.set()
-            time.sleep(GRACE_SECONDS)
-            print(f"error: {text}", file=sys.stderr, flush=True)
-            state.fail(self.run, self._gone)
-            os._exit(self._gone.status)
+            gone, status = next_one, START_AGAIN if hang else 1
+        if gone == FAREWELL:
+            return
+        self._gone = RankGone(f"rank {gone} is gone; this start ends, the last checkpoint stands", status)
+        with contextlib.suppress(RuntimeError):  # the one that listens may be gone as well
+            if gone != (self.rank - 1) % self.world:
+                self._tell(gone, status)  # before this rank's own thread may hear of it, and end
+        self._known.set()
+        time.sleep(GRACE_SECONDS)
+        print(f"error: {self._gone}", file=sys.stderr, flush=True)
+        state.fail(self.run, self._gone)
+        os._exit(self._gone.status)

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,11 +17,19 @@ VERSION = 1
 
 
 def read(run: str | os.PathLike) -> dict:
-    """Return the run's state, {} where the run has none yet."""
+    """Return the run's state, {} where the run has none yet; raise ValueError, in one line, where it is damaged."""
+    path = Path(run) / "state.json"
     try:
-        return json.loads((Path(run) / "state.json").read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); remove it, the checkpoints hold all that training needs"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no object; remove it, the checkpoints hold all that training needs")
+    return found
 
 
 class RunState:
@@ -29,12 +38,15 @@ class RunState:
     def __init__(self, run: str | os.PathLike, rank: int, duration_images: int):
         self.path, self.rank = Path(run) / "state.json", rank
         before = read(run)
+        if rank == 0:
+            for left in self.path.parent.glob(f".{self.path.name}.*"):  # of a life that was killed while it wrote
+                left.unlink(missing_ok=True)
         self.values = {
             "version": VERSION,
             "status": "starting",
             "clock": before.get("clock", 0),
             "duration": duration_images,
-            "attempt": before.get("attempt", 0) + 1,
+            "attempt": max(before.get("attempt", 0), _saved_life(Path(run))) + 1,
             "last_checkpoint": before.get("last_checkpoint", 0),
             "last_error": "",
             "parent": before.get("parent", ""),  # the run this one was forked from
@@ -54,23 +66,32 @@ class RunState:
             write_atomically(self.path, json.dumps(self.values, indent=1).encode())
 
 
+def _saved_life(run: Path) -> int:
+    """Return the newest life that a checkpoint names: should state.json be lost, lives go on counting all the same."""
+    newest = 0
+    for manifest in (run / "checkpoints").glob("[0-9]*/manifest.json"):
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # a damaged one is reported where it is read
+            newest = max(newest, int(json.loads(manifest.read_text())["life"]))
+    return newest
+
+
 def fail(run: str | os.PathLike, error: Exception) -> None:
     """Record why this start of the run ended; any rank may, and the first is kept: the others fail because of it."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if read(run).get("status") == "failed":
-        return
-    with contextlib.suppress(OSError):  # a full disk, often the very reason; the caller prints it, too
-        _write_failure(run, text)
-
-
-def _write_failure(run: str | os.PathLike, text: str) -> None:
-    values = read(run) | {"status": "failed", "last_error": text, "time": time.time()}
-    write_atomically(Path(run) / "state.json", json.dumps(values, indent=1).encode())
+    # a full disk or a damaged state.json: often the very reason, and the caller prints it, too
+    with contextlib.suppress(OSError, ValueError):
+        before = read(run)
+        if before.get("status") != "failed":
+            values = before | {"status": "failed", "last_error": text, "time": time.time()}
+            write_atomically(Path(run) / "state.json", json.dumps(values, indent=1).encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, fsync, rename, fsync the folder: a reader sees the old or the new file, whole, on NFS and Lustre too."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # any rank on any host, and any of its threads, may tell at the same time why the run failed
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{threading.get_native_id()}")
     try:
         with open(beside, "wb") as f:
             f.write(content)

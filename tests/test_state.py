@@ -1,0 +1,54 @@
+"""RUN/state.json is whole or absent, says what is wrong with it, and its loss does not confuse the lives of a run."""
+
+import json
+import threading
+
+import pytest
+
+from trainer import state
+from trainer.metrics import Metrics
+
+
+def test_a_damaged_state_is_one_line_and_lives_go_on_counting_without_it(tmp_path):
+    for life in (3, 5):
+        folder = tmp_path / f"checkpoints/{life:010d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"life": life}))
+    (tmp_path / "checkpoints/0000000009").mkdir()
+    (tmp_path / "checkpoints/0000000009/manifest.json").write_text("{")
+    (tmp_path / "state.json").write_text('{"att')
+    with pytest.raises(ValueError, match="state.json: damaged .* remove it"):
+        state.RunState(tmp_path, 0, 64)
+    state.fail(tmp_path, ValueError("told"))  # no exception on top
+    (tmp_path / "state.json").unlink()
+    (tmp_path / ".state.json.host.1").write_text("half")
+    run = state.RunState(tmp_path, 0, 64)
+    assert run.attempt == 6, "a life that counted from 1 again would look older than what it continues"
+    assert not list(tmp_path.glob(".*"))
+    run.write(clock=7)
+    assert state.read(tmp_path)["attempt"] == 6 and state.RunState(tmp_path, 1, 64).attempt == 7
+
+
+def test_two_threads_that_write_at_once_leave_one_whole_file(tmp_path):
+    def write(letter: bytes):
+        for _ in range(50):
+            state.write_atomically(tmp_path / "file", letter * 5000)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b")]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    content = (tmp_path / "file").read_bytes()
+    assert len(content) == 5000 and len(set(content)) == 1 and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_line_of_metrics_that_a_kill_cut_off_does_not_spoil_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"clock": 1}\n{"clo')
+    for attempt in (2, 3):
+        metrics = Metrics(tmp_path, 0, attempt, "127.0.0.1", 0)
+        metrics.publish(attempt)
+        metrics.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {"clock": 1} and [line["attempt"] for line in lines[1:]] == [2, 3]
