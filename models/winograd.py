@@ -6,22 +6,17 @@ never on a GPU, and eager mode stays exact. What a maintainer must not break: `c
 """
 
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from models import native
+
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _LANES = 16  # of the kernel: channels come in multiples of it
 # 36 transformed filters are written and read for every 3x3 filter: below this many tiles that costs more than it saves (measured)
 _FEWEST_TILES = 16
-# by torch's name of what it found; not -march=native, which a shared cache could carry to an older machine
-_VECTORS = {"AVX512": ("-mavx512f", "-mfma"), "AVX2": ("-mavx2", "-mfma")}
 
 
 def use_(module: torch.nn.Module) -> None:
@@ -52,7 +47,7 @@ def conv3x3(x: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 @functools.cache
 def _load() -> None:
-    torch.ops.load_library(_build())
+    native.load(_SOURCE)
 
     @torch.library.register_fake("evenkeel::conv3x3")
     def _(x, weight, scale):
@@ -71,33 +66,3 @@ def _load() -> None:
         return *torch.ops.evenkeel.conv3x3_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
     torch.library.register_autograd("evenkeel::conv3x3", backward, setup_context=keep)
-
-
-def _build() -> Path:
-    """Return the built library; built beside and renamed, so that ranks may race and a killed build leaves nothing in the way."""
-    from torch.utils import cpp_extension  # imports much that a process without compilation does not need
-
-    compiler = os.environ.get("CXX", "g++")
-    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
-    flags = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", *vectors)
-    built_from = [_SOURCE.read_text(), torch.__version__, compiler, *flags]
-    key = hashlib.sha256("\n".join(built_from).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "evenkeel"
-    library = folder / f"winograd-{key}.so"
-    if library.exists():
-        return library
-    if shutil.which(compiler) is None:
-        raise ValueError(
-            f"engine.compile on a CPU needs a C++ compiler, and {compiler} is not there: install one or set engine.compile=false"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        out = Path(own, library.name)
-        include = [f"-I{path}" for path in cpp_extension.include_paths()]
-        link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu"]
-        command = [compiler, *flags, *include, str(_SOURCE), *link, "-o", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        os.replace(out, library)
-    return library

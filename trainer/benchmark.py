@@ -76,7 +76,8 @@ class Step:
             self.denoiser = compile_forward(self.module)
         self.fragments = whole_fragments(self.module)
         self.adam = torch.optim.Adam(self.module.parameters(), betas=(0.9, 0.99), fused=True)
-        self.optimizer = MagnitudeAdam(self.adam, self.fragments, ShardedEma(self.fragments, SIGMA_REL))
+        ema = ShardedEma(self.fragments, SIGMA_REL)
+        self.optimizer = MagnitudeAdam(self.adam, self.fragments, ema, one_pass=way == "compiled")
         shape = (batch, model.channels, model.resolution, model.resolution)
         self.latents, self.noise = torch.randn(shape) * 0.5, torch.randn(shape)
         self.labels, self.sigma = torch.randint(model.label_dim, (batch,)), torch.rand(batch) + 0.2

@@ -30,8 +30,12 @@ class ShardedEma:
     def update(self, clock_after: int, batch: int) -> None:
         """Move every average towards the masters: ema <- lerp(master, ema, (1 - batch / clock_after)^(gamma + 1))."""
         masters = [f.master for f in self.fragments]
-        for gamma, average in zip(self.gammas, self.averages, strict=True):
-            torch._foreach_lerp_(average, masters, 1.0 - float(beta(clock_after, batch, gamma)))
+        for weight, average in zip(self.weights(clock_after, batch), self.averages, strict=True):
+            torch._foreach_lerp_(average, masters, weight)
+
+    def weights(self, clock_after: int, batch: int) -> list[float]:
+        """Return how far each average moves towards the masters in this step, 1 - beta."""
+        return [1.0 - float(beta(clock_after, batch, gamma)) for gamma in self.gammas]
 
     def num_bytes(self) -> int:
         """Return what the averages hold in this rank's memory."""

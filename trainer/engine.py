@@ -116,7 +116,9 @@ class Engine:
         del exact
         self.ema = ShardedEma(self.fragments, config.ema.sigma_rel)
         replicas = self.world if config.engine.zero_stage == 0 else 1
-        self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite, replicas)
+        # on a CPU the pass is C++, which wants a compiler as the compiled network does
+        one_pass = on_gpu() or config.engine.compile == "true"
+        self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite, replicas, one_pass)
         # DeepSpeed's own call, not the module's: it is what tells a ZeRO stage where a micro-batch begins
         self.denoiser = self._deepspeed
         one_graph = compiles(config.model) and (config.engine.zero_stage < 3 or config.model.family == "edm2")

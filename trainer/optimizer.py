@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.magnitude import EPS, normalized_parameters
 from trainer.ema import ShardedEma
+from trainer.one_pass import OnePass
 
 
 @dataclass
@@ -130,7 +131,8 @@ class MagnitudeAdam:
 
     Call `schedule` before every `adam.step()`. `nonfinite` says what a non-finite gradient does: 'stop' and 'skip' mask Adam and
     the renormalisation on the device (the averages and the clock go on), 'zero' zeroes the entries as EDM2 does. The host learns of
-    it through `nonfinite_steps`, one step later.
+    it through `nonfinite_steps`, one step later. `one_pass` does the same step in one pass over memory (one_pass.py), which leaves
+    torch's own Adam nothing to do and the gradients as they were.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class MagnitudeAdam:
         ema: ShardedEma | None,
         nonfinite: str = "stop",
         replicas: int = 1,
+        one_pass: bool = False,
     ):
         self.adam, self.fragments, self.ema, self.nonfinite = adam, list(fragments), ema, nonfinite
         self.replicas = replicas  # how many ranks hold each fragment: their squares are summed as often
@@ -155,6 +158,8 @@ class MagnitudeAdam:
         self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
         self._gradient_scale, self._clock_after, self._batch = 1.0, 0, 0
         self._init_adam_state()
+        self._taken: list[tuple[Tensor, Tensor]] = []
+        self._one_pass = OnePass(self) if one_pass else None
         adam.register_step_pre_hook(lambda *_: self._before_adam())
         adam.register_step_post_hook(lambda *_: self._after_adam())
 
@@ -189,7 +194,7 @@ class MagnitudeAdam:
     def _before_adam(self) -> None:
         grads = [f.grad for f in self.fragments]
         # a norm is finite where all entries are (and below 1e19): one cheap pass, where counting entries takes twenty times as long
-        norms = torch.stack([torch.linalg.vector_norm(g) for g in grads])
+        norms = torch.stack(torch._foreach_norm(grads)) if self._one_pass is None else self._one_pass.norms(grads)
         self._bad = torch.maximum((~torch.isfinite(norms)).float(), self._hidden)
         if self.nonfinite == "zero":
             for g in grads:
@@ -203,9 +208,22 @@ class MagnitudeAdam:
         self.num_nonfinite = self.num_nonfinite + bad
         if self.nonfinite != "zero":
             self.masked = torch.maximum(self.masked, bad) if self.nonfinite == "stop" else bad
-        # the protocol of torch.amp.GradScaler: at 1, fused Adam leaves everything untouched
-        self.adam.found_inf = self.masked
-        self._project(shared[: 2 * len(self.layout.cut_lengths)].view(2, -1))
+        cut = shared[: 2 * len(self.layout.cut_lengths)].view(2, -1)
+        if self._one_pass is None:
+            # the protocol of torch.amp.GradScaler: at 1, fused Adam leaves everything untouched
+            self.adam.found_inf = self.masked
+            self._project(cut)
+        else:
+            self._step_in_one_pass(cut)
+
+    def _step_in_one_pass(self, cut: Tensor) -> None:
+        torch._foreach_add_([state["step"] for state in self.adam.state.values()], 1 - self.masked)
+        weights = [] if self.ema is None else self.ema.weights(self._clock_after, self._batch)
+        self._one_pass(cut, self.adam.param_groups[0]["lr"], self._gradient_scale, weights)
+        # torch's Adam passes over what has no gradient; it gets them back when it is done
+        self._taken = [(p, p.grad) for group in self.adam.param_groups for p in group["params"] if p.grad is not None]
+        for p, _ in self._taken:
+            p.grad = None
 
     def _shared_sums(self, squares: Tensor) -> Tensor:
         """Return [<w,w> per cut row, <w,g> per cut row, sum of squared gradients, non-finite tensors], summed over ranks."""
@@ -235,12 +253,16 @@ class MagnitudeAdam:
 
     @torch.no_grad()
     def _after_adam(self) -> None:
-        if self.ema is not None:
-            self.ema.update(self._clock_after, self._batch)
-        for rows in self.layout.whole:
-            w = rows.of(rows.fragment.master)
-            r = torch.linalg.vector_norm(w, dim=1, keepdim=True) / math.sqrt(rows.fragment.row_length)
-            w.mul_(self._unless_masked(1.0 / (r + EPS)))
+        if self._one_pass is None:
+            if self.ema is not None:
+                self.ema.update(self._clock_after, self._batch)
+            for rows in self.layout.whole:
+                w = rows.of(rows.fragment.master)
+                r = torch.linalg.vector_norm(w, dim=1, keepdim=True) / math.sqrt(rows.fragment.row_length)
+                w.mul_(self._unless_masked(1.0 / (r + EPS)))
+        for p, grad in self._taken:
+            p.grad = grad
+        self._taken = []
         if not self.layout.cut_lengths:
             return
         squares = self._cut_squares()
