@@ -174,3 +174,15 @@ def test_a_nonfinite_gradient_stops_every_rank_with_one_line_and_the_weights_of_
     assert "Traceback" not in ranks.output()
     state = json.loads((run / "state.json").read_text())
     assert state["status"] == "failed" and "non-finite gradient" in state["last_error"]
+
+
+@pytest.mark.slow
+def test_skipped_steps_are_counted_and_one_too_many_stops_every_rank(data, tmp_path):
+    run = tmp_path / "run"
+    keys = ("lr.ref_lr=1e30", "optimizer.nonfinite=skip", "optimizer.max_skipped_steps=3")
+    ranks = start(run, data, *keys)
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "non-finite gradient (4 steps)" in ranks.output() and "Traceback" not in ranks.output()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["evenkeel_nonfinite_steps_total"] for line in lines][:4] == [0, 1, 2, 3], "the clock goes on"
+    assert [line["evenkeel_images_seen"] for line in lines][:4] == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]

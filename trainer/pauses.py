@@ -37,7 +37,7 @@ def measure(config, run: Path, repeats: int) -> dict[str, float]:
             torch.cuda.synchronize()
         stepped = time.perf_counter()
         for sigma_rel, average in zip(engine.ema.sigma_rel, engine.ema.averages, strict=True):
-            pieces = [(f.name, f.shape, f.start, t.cpu().clone()) for f, t in zip(engine.owned(), average, strict=True)]
+            pieces = snapshots.pieces(engine.owned(), average)
             snapshots.submit(k * n, sigma_rel, pieces, engine.buffers())
         submitted = time.perf_counter()
         checkpoints.save(k * n, 1, {})

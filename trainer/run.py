@@ -188,9 +188,7 @@ class Run:
         self.watchdog.alive("snapshot")
         started = time.perf_counter()
         for sigma_rel, average in zip(self.engine.ema.sigma_rel, self.engine.ema.averages, strict=True):
-            pieces = [
-                (f.name, f.shape, f.start, t.cpu().clone()) for f, t in zip(self.engine.owned(), average, strict=False)
-            ]
+            pieces = self.snapshots.pieces(self.engine.owned(), average)
             self.snapshots.submit(self.clock, sigma_rel, pieces, self.engine.buffers())
         self._note_stall("snapshot", started)
         self.watchdog.alive("vote")

@@ -85,6 +85,13 @@ class SnapshotWriter:
             waiting = [t for _, _, tensors in self._unwritten for t in tensors.values()]
             return sum(t.nbytes for t in waiting) + sum(p.host.nbytes for job in self._jobs for p in job.pieces)
 
+    def pieces(self, fragments: Iterable, average: Iterable[Tensor]) -> list[Piece]:
+        """Copy an average's tensors, one per fragment, to host memory; cast where they are, so that half the bytes travel."""
+        return [
+            Piece(f.name, f.shape, f.start, t.to("cpu", self.dtype, copy=True))
+            for f, t in zip(fragments, average, strict=False)  # at stage 0 only rank 0 owns the fragments
+        ]
+
     def submit(
         self,
         clock: int,
