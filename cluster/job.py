@@ -130,7 +130,7 @@ class Task:
         self.write(stage="train")
         beside = self.config.cluster.evaluate_snapshots and self.place.rank == 0
         follower = (
-            snapshot_follower.start(self.run, self.attempt, self.environment(), _die_with_parent) if beside else None
+            snapshot_follower.start(self.run, self.attempt, self.environment(), die_with_parent) if beside else None
         )
         status = self.supervise(["-m", "trainer.train", str(self.run / "config.yaml")], train=True)
         if follower is not None and not snapshot_follower.end(follower, status == FINISHED, lambda: self.wanted):
@@ -178,7 +178,7 @@ class Task:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_before_trainer if train else _die_with_parent,
+                preexec_fn=_before_trainer if train else die_with_parent,
             )
         sent_at, heartbeat = 0.0, time.monotonic()
         while child.poll() is None:
@@ -244,7 +244,7 @@ def finish_files(config) -> tuple[Path, Path]:
     return Path(config.run) / "posthoc" / name, Path(config.run) / "samples" / "grid.png"
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel send SIGTERM to this process, just forked, when its parent dies (Linux: PR_SET_PDEATHSIG is 1)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -252,5 +252,5 @@ def _die_with_parent() -> None:
 
 def _before_trainer() -> None:
     """Let the interpreter start deaf to SIGINT, which it may answer with status 1; the trainer itself listens to it."""
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

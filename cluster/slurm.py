@@ -189,12 +189,11 @@ def states_of(job_id: str) -> list[str]:
 
 
 def active_state(run: Path) -> str:
-    """Return the state of the run's Slurm job while it is pending, running or about to come back; '' otherwise."""
+    """Return the state of the run's Slurm job while any of it is pending, running or about to come back; '' otherwise."""
     job_id = job_of(run)
     if not job_id or shutil.which("squeue") is None:
         return ""
-    state = state_of(job_id)
-    return "" if state in OVER else state
+    return next((state for state in states_of(job_id) if state not in OVER), "")
 
 
 def check_idle(run: Path) -> None:

@@ -25,7 +25,7 @@ import re  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
 
-from cluster import sweep_array, sweep_plot  # noqa: E402
+from cluster import slurm, sweep_array, sweep_plot  # noqa: E402
 from cluster.run_directory import shown, write_atomically  # noqa: E402
 from trainer.config import parse_size, read_yaml  # noqa: E402
 from trainer.ema_profiles import gamma_from_sigma_rel, parse_range  # noqa: E402
@@ -219,8 +219,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kind", choices=("local", "slurm"), help="where (default: as the run's config says)")
     parser.add_argument("--parallel", type=int, default=8, help="jobs at once on Slurm (default %(default)s)")
+    parser.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="JOB",
+        help="run the sweep as one Slurm job when this one (an id or a RUN) has ended well",
+    )
     parser.add_argument("--keep", action="store_true", help="keep all reconstructions, not only the best")
     return parser
+
+
+def _without(words: list[str], options: argparse.Namespace) -> list[str]:
+    """Return the command line of the job that does what this one asks for: here, where the run is, and at once."""
+    words = list(words)
+    words.remove(str(options.run))
+    for name in ("--after", "--kind"):
+        while name in words:
+            del words[words.index(name) : words.index(name) + 2]
+        words = [word for word in words if not word.startswith(f"{name}=")]
+    return [*words, "--kind", "local"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     options, others = _parser().parse_known_args(argv)
     try:
         run = options.run.resolve()
-        clock = int(parse_size(options.at)) if options.at else last_clock(run)
+        clock = int(parse_size(options.at)) if options.at else 0 if options.after else last_clock(run)
         lengths, guidances = parse_range(options.sigma_rel), parse_range(options.guidance)
         for length in lengths:
             gamma_from_sigma_rel(length)
@@ -248,6 +266,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         if options.parallel < 1:
             raise ValueError(f"--parallel {options.parallel}: must be at least 1")
+        if options.after:
+            words = _without(sys.argv[1:] if argv is None else argv, options)
+            job_id = sweep_array.submit_later(run, words, slurm.after(options.after))
+            print(
+                f"submitted Slurm job {job_id}: the sweep as one job; log: {shown(run / 'logs' / 'sweep')}/{job_id}_0_log.out"
+            )
+            return 0
         sweep = Sweep(run, clock, metrics, others, options.max_error, kind, options.parallel)
         sweep.measure(lengths, guidances)
         rows = sweep.rows(lengths, guidances)

@@ -70,6 +70,20 @@ def execute(run: Path, root: Path, commands: list[list[str]], parallel: int) -> 
         raise
 
 
+def submit_later(run: Path, words: list[str], after: str) -> str:
+    """Submit a whole sweep as one job that starts when `after` allows, from RUN/code; return its id."""
+    c, code = load(run / "config.yaml").cluster, run / "code"
+    made = submitit.SlurmExecutor(run / "logs" / "sweep")
+    made.update_parameters(
+        **slurm.parameters(c, code, after),
+        job_name=f"{run.name}-sweep",
+        nodes=1,
+        ntasks_per_node=1,
+        gpus_per_node=min(c.gpus_per_node, 1) or None,
+    )
+    return slurm.submit_quietly(lambda: made.submit(run_one, code, ["cluster.sweep", str(run), *words])).job_id
+
+
 def _wait(job: submitit.Job) -> None:
     """Return when a job's result is there; a failed one's reason is raised as ValueError."""
     over_since = None

@@ -204,6 +204,21 @@ def encode(job: Job, folder: Path, part: tuple[int, int] = (0, 1)) -> manifest.M
     return made
 
 
+def plan(source: str, labels: Path | None, codec: str, weights: str | None, samples_per_shard: int) -> dict[str, int]:
+    """Return how many images and shards there will be; ValueError for what a job would stumble over at once.
+
+    For whoever shares the work out to machines that have what a codec needs, such as a GPU.
+    """
+    from data_pipeline import codecs
+
+    if codec not in codecs.NAMES:
+        raise ValueError(f"codec {codec!r} is none of {', '.join(codecs.NAMES)}")
+    if weights and not Path(weights).exists():
+        raise ValueError(f"--codec-weights {weights}: is not there")
+    images = len(sources.open_images(source, labels).keys)
+    return {"images": images, "shards": -(-images // samples_per_shard)}
+
+
 def _part(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
@@ -229,6 +244,9 @@ def main(argv=None) -> int:
         "--on-broken", default="stop", choices=("stop", "skip"), help="what to do with unreadable images"
     )
     parser.add_argument("--keep-order", action="store_true", help="do not mix the source's images over the shards")
+    parser.add_argument(
+        "--plan", action="store_true", help="print as JSON how many images and shards it will be; make nothing"
+    )
     parser.add_argument("--part", type=_part, default=(0, 1), help="I/N: make every N-th shard, for a job array")
     args = parser.parse_args(argv)
     try:
@@ -236,6 +254,9 @@ def main(argv=None) -> int:
 
         if args.samples_per_shard < 1:
             raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
+        if args.plan:
+            print(json.dumps(plan(args.source, args.labels, args.codec, args.codec_weights, args.samples_per_shard)))
+            return 0
         codec = codecs.open_codec(args.codec, args.codec_weights, args.device, args.dtype)
         images = sources.open_images(args.source, args.labels)
         shuffle = not args.keep_order and not isinstance(images, sources.Digits)  # those are mixed as they come

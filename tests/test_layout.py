@@ -14,6 +14,7 @@ CLUSTER_MAY_IMPORT = {
     "trainer.config",
     "trainer.communication",
     "trainer.groups",
+    "trainer.typed",
     "trainer.origin",
     "trainer.size",
     "trainer.peaks",

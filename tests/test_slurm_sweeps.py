@@ -1,9 +1,14 @@
 """On a real Slurm: sweeps in lanes, chains of jobs, and nothing left behind."""
 
 import json
+import os
+import shutil
+import signal
 import time
+from pathlib import Path
 
-from tests.small_checkout import state, wait_for
+from data_pipeline import manifest
+from tests.small_checkout import ROOT, state, wait_for
 from tests.test_slurm import ended, job_ids, job_state, machine, pytestmark, root, run_command  # noqa: F401
 
 ON_SLURM = ("cluster.kind=slurm", "cluster.ranks_per_node=1")
@@ -82,3 +87,71 @@ def test_a_chain_starts_in_order_and_a_broken_one_is_taken_down(machine, root): 
         machine, root, "run=runs/d", "--after", a
     )  # has ended well: nothing to wait for
     assert ended(machine, job_of(root / "runs/d")) == "COMPLETED"
+
+
+def test_encode_train_and_sweep_in_one_go(machine, tmp_path):  # noqa: F811
+    """The true commands: an array encodes, one element is killed on the way; then the trainer, then the post-hoc sweep."""
+    data, run = tmp_path / f"digits-{os.getpid()}", tmp_path / "run"
+    job = ROOT / "runs" / f"encode_{data.name}"
+    encode = (
+        "cluster/encode.py",
+        "sklearn:digits",
+        str(data),
+        "--samples-per-shard",
+        "20",
+        "--tasks",
+        "3",
+        "--parallel",
+        "2",
+    )
+    try:
+        done = run_command(machine, ROOT, *encode, "cluster.kind=slurm")
+        assert done.returncode == 0 and "3 tasks, 2 at once" in done.stdout, done.stderr
+        array = job_of(job)
+        again = run_command(machine, ROOT, *encode, "cluster.kind=slurm")
+        assert again.returncode == 0 and f"Slurm job {array} is" in again.stdout
+        words = (
+            "cluster.kind=slurm",
+            "cluster.ranks_per_node=1",
+            "duration_images=4Ki",
+            "micro_batch=128",
+            "data.heldout=0.1",
+        )
+        words += (
+            f"run={run}",
+            f"data.path={data}",
+            "data.encode_from=",
+            "cluster.finish_sigma_rel=0",
+            "--after",
+            str(job),
+        )
+        done = run_command(machine, ROOT, "cluster/submit.py", "configs/quickstart.yaml", *words)
+        assert done.returncode == 0 and f"afterok:{array}" in done.stdout, done.stderr
+        training = job_of(run)
+        sweep = ("cluster/sweep.py", str(run), "--sigma-rel", "0.08,0.1", "--max-error", "1", "--after", training)
+        done = run_command(machine, ROOT, *sweep)
+        assert done.returncode == 0 and "submitted Slurm job" in done.stdout, done.stderr
+        victim = wait_for(lambda: _encoders(data), 60)
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: not job_ids(machine), 300)
+        assert any("starting again" in p.read_text() for p in (job / "logs/slurm").glob("*.out"))
+        assert manifest.load(str(data)).num_samples == 1797 and not any(p.name.startswith(".") for p in data.iterdir())
+        assert state(run)["status"] == "finished" and len((run / "sweep/sweep.csv").read_text().splitlines()) == 3
+    finally:
+        shutil.rmtree(job, ignore_errors=True)
+
+
+def _encoders(data):
+    """Return the pid of an encoder that has begun."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if (
+            f"data_pipeline.encode sklearn:digits {data}" in words
+            and "submitit" not in words
+            and list(data.glob(".encoding/*"))
+        ):
+            return int(path.parent.name)
+    return 0
