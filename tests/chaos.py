@@ -277,7 +277,7 @@ class Chaos:
         """Return all that must not depend on what happened to a run."""
         headers = {s.path.name: s.header for s in list_snapshots(run)}
         for header in headers.values():
-            for key in ("life", "life_start", "run"):
+            for key in ("life", "life_start", "run", "commit"):  # of a checkout that somebody works in
                 header.pop(key, None)
         lineage, in_vain = audit.committed(logs_of(run) / f"{run.name}-audit")
         self.trained += self.duration + in_vain

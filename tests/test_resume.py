@@ -1,6 +1,7 @@
 """Preemption loses nothing: a run that is stopped, killed or damaged and started again ends bitwise as if undisturbed."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -186,3 +187,20 @@ def test_skipped_steps_are_counted_and_one_too_many_stops_every_rank(data, tmp_p
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["evenkeel_nonfinite_steps_total"] for line in lines][:4] == [0, 1, 2, 3], "the clock goes on"
     assert [line["evenkeel_images_seen"] for line in lines][:4] == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_gone_or_damaged_is_refused_and_not_begun_again(data, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    before = snapshots_of(run)
+    for path in list_checkpoints(run):
+        (path / "rank00000.safetensors").write_bytes(b"")
+    ranks = start(run, data, world=1)
+    assert ranks.wait() == [2] and "no checkpoint before it is whole" in ranks.output(), ranks.output()
+    shutil.rmtree(run / "checkpoints")
+    ranks = start(run, data, world=1)
+    assert ranks.wait() == [2] and f"tells of a checkpoint at {STEPS * BATCH} images" in ranks.output(), ranks.output()
+    assert "Traceback" not in ranks.output()
+    after = snapshots_of(run)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)

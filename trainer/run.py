@@ -56,7 +56,7 @@ class Run:
         loss = config.loss
         self.weighting = {"weighting": loss.weighting, "prediction": config.model.prediction}
         self.weighting |= {"gamma": loss.gamma, "k": loss.p2_k}
-        found = checkpoint.choose(folder, self.say)
+        found = self._checkpoint()
         module = build_denoiser(config)
         self.origin = self._begin(module) if found is None else checkpoint.origin_of(found)
         self.engine = Engine(config, module)
@@ -91,6 +91,16 @@ class Run:
         self.metrics.count("evenkeel_snapshots_written_total", 0)
         self._note_durable(self.clock)
         self.state.write(status="running", clock=self.clock)
+
+    def _checkpoint(self) -> Path | None:
+        """Return what to continue from, None for a new run; raise ValueError where it should be there and is not."""
+        found, known = checkpoint.choose(self.folder, self.say), self.state.values["last_checkpoint"]
+        if found is None and known:
+            raise ValueError(
+                f"{self.folder / 'checkpoints'}: empty, but state.json tells of a checkpoint at {known} images; bring it back, or "
+                f"move {self.folder} away to start anew"
+            )
+        return found
 
     def _begin(self, module) -> dict | None:
         """Fill a new run's network with the weights that `start_from` names, if any; return where they come from."""
