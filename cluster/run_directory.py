@@ -17,7 +17,7 @@ from pathlib import Path
 from cluster.code_copy import copy_code
 from trainer.config import Config, dump, load, to_dict
 
-PLACEMENT = ("cluster.", "metrics.", "data.path", "data.encode_from", "run")
+PLACEMENT = ("cluster.", "metrics.", "data.path", "data.encode_from", "data.stage", "data.cache_", "run")
 
 
 def absolute(config: Config, root: Path) -> Config:

@@ -157,6 +157,12 @@ def doubts(config: Config) -> list[str]:
     if "://" in data.path or manifest.manifest_path(folder).is_file():
         found = manifest.load(data.path)
         manifest.check_fits(found, data.codec, m.channels, m.resolution, m.label_dim)
+        size = sum(shard.bytes for shard in found.shards)
+        if ("://" in data.path or data.stage) and size > data.cache_bytes:
+            lines.append(
+                f"warning: the dataset has {size / 1e9:,.3g} GB, more than data.cache_bytes={data.cache_bytes}: every node copies "
+                "shards again in every epoch; make it larger if the disk is"
+            )
     elif not data.encode_from and not any(folder.glob("*.tar")):  # tars that others wrote are indexed on first use
         lines.append(
             f"warning: {shown(folder)} holds no dataset yet; make it before the job starts: "

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,16 @@ import xxhash
 
 from data_pipeline import manifest, remote
 from data_pipeline.manifest import Manifest
+
+
+def expand(folder) -> Path:
+    """Return a folder with ~ and $VARIABLES of this machine filled in; ValueError for a variable that is not set here."""
+    text = os.path.expandvars(os.path.expanduser(folder))
+    if missing := re.findall(r"\$\{?\w+\}?", text):
+        raise ValueError(
+            f"cache folder {folder}: {missing[0]} is not set on this machine; name a folder, such as /tmp/evenkeel"
+        )
+    return Path(text)
 
 
 class GivenUp(OSError):
@@ -40,7 +51,7 @@ class Cache:
     ):
         self.url = url.rstrip("/")
         # Datasets in one cache folder must not meet.
-        self.folder = Path(folder).expanduser() / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.folder = expand(folder) / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.max_bytes, self.timeout_seconds = max_bytes, timeout_seconds
         self.attempts, self.pause_seconds = attempts, pause_seconds
         self.expected: dict[str, tuple[int | None, str]] = {}

@@ -212,12 +212,13 @@ def stock_pipeline(urls: list[str], **options):
 
 
 def open_source(
-    path, seed: int, window: int, *, codec: str | None = None, cache: dict | None = None, **options
+    path, seed: int, window: int, *, codec: str | None = None, cache: dict | None = None, stage: bool = False, **options
 ) -> Source:
     """Open a dataset (tars or MDS; a folder, or a URL of http, s3, gs, ...) for training; see `reader.Source` for the options.
 
     Shards that someone else wrote have no manifest: they are indexed now, once, by one process, as latents of `codec`. `cache` has
-    `fetch.Cache`'s options for a URL: folder, max_bytes, timeout_seconds, ...
+    `fetch.Cache`'s options for a URL: folder, max_bytes, timeout_seconds, ... A folder that is to `stage` is read like a URL: its
+    shards are copied to the cache, on a disk of this machine's own, when they are first needed.
     """
     if "://" in str(path):
         return _open_remote(str(path), seed, window, cache or {}, options)
@@ -230,6 +231,10 @@ def open_source(
         from data_pipeline.adopt import adopt
 
         adopt(folder, codec)
+    if stage:
+        return _open_remote(
+            f"file://{manifest.manifest_path(folder.absolute()).parent}", seed, window, cache or {}, options
+        )
     found = manifest.load(path)
     return Source(found, LocalFolder(manifest.manifest_path(path).parent), seed, window, **options)
 

@@ -2,9 +2,11 @@
 
 import http.server
 import multiprocessing
+import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -179,6 +181,34 @@ def test_ranks_of_a_node_share_the_cache(dataset, server, tmp_path):
     [rank.join() for rank in ranks]
     for k in range(len(SHARDS)):
         assert server.requests.count(f"shard-{k:06d}.tar") == 1
+
+
+def test_staged_shards_are_copied_once_by_the_ranks_of_a_node_and_then_local(dataset, tmp_path, monkeypatch):
+    shared, rank = tmp_path / "shared", {"folder": "$NODE_DISK/cache"}
+    shutil.copytree(dataset[0], shared)
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "node"))
+    with (
+        wds.open_source(shared, 3, 1, cache=rank, stage=True) as one,
+        wds.open_source(shared, 3, 1, cache=rank, stage=True) as two,
+        ThreadPoolExecutor(2) as both,
+    ):
+        first = list(both.map(lambda source: source.batch(np.arange(N)).stored, (one, two)))
+        shutil.rmtree(shared)
+        second = list(both.map(lambda source: source.batch(np.arange(N, 2 * N)).stored, (one, two)))
+        fetched = sum(source.counters()["fetched_bytes"] for source in (one, two))
+    assert all(torch.equal(stored, dataset[1].stored[:N]) for stored in first)
+    assert all(torch.equal(stored, dataset[1].stored[N:]) for stored in second)
+    once = sum(
+        (dataset[0] / f"shard-{k:06d}{end}").stat().st_size for k in range(len(SHARDS)) for end in (".tar", ".idx")
+    )
+    own = (dataset[0] / manifest.NAME).stat().st_size  # each asks for the manifest anew
+    assert fetched == once + 2 * own
+    assert any((tmp_path / "node/cache").rglob("shard-000000.tar"))
+
+
+def test_a_cache_folder_of_another_machine_is_one_line(dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"\$NOT_SET_HERE is not set on this machine"):
+        wds.open_source(dataset[0], 3, 1, cache={"folder": "$NOT_SET_HERE/x"}, stage=True)
 
 
 @pytest.mark.extras

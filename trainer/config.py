@@ -57,6 +57,7 @@ def digest(config: Config) -> str:
     plain["data"].pop("path")
     plain["data"].pop("encode_from")
     plain["data"].pop("audit")
+    plain["data"].pop("stage")
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -97,6 +98,8 @@ def check(config: Config) -> None:
         raise ValueError(
             "data.heldout does not go with data.reader=stock, which reads everything; use data.reader=indexed"
         )
+    if config.data.stage and config.data.reader == "stock":
+        raise ValueError("data.stage does not go with data.reader=stock, which reads in place; use data.reader=indexed")
     if config.data.on_bad == "replace" and config.data.reader == "stock":
         raise ValueError(
             "data.on_bad=replace does not go with data.reader=stock, which can only stop; use data.reader=indexed"

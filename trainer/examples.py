@@ -100,6 +100,7 @@ def _open(data: Data, seed: int, pin: bool):
         data.window,
         codec=data.codec,
         cache={"folder": data.cache_folder, "max_bytes": data.cache_bytes},
+        stage=data.stage,
         on_bad=data.on_bad,
         max_bad=data.max_bad or None,
         checked=data.verify,

@@ -197,8 +197,11 @@ class Data:
     heldout: float = at_least(
         0.0, 0.0
     )  # share of the samples that training never sees, by a hash of their number; try 0.01
+    stage: bool = (
+        False  # read a shared folder as a remote `path`: every node copies to cache_folder what it reads, once
+    )
     cache_folder: str = (
-        "~/.cache/evenkeel"  # for a remote `path`: shards are fetched whole; ranks and jobs of a node share it
+        "~/.cache/evenkeel"  # for a remote `path`: shards are fetched whole; ranks and jobs of a node share it; $TMPDIR
     )
     cache_bytes: int = at_least(64 * 2**30, 1)
 
