@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.magnitude import MPConv, normalize
-from trainer import flops, optimizer_benchmark
+from trainer import flops, optimizer_benchmark, preset_benchmark
 from trainer.compilation import compile_forward
 from trainer.config import ROOT, to_dict
 from trainer.ema import ShardedEma
@@ -216,6 +216,16 @@ def _print_optimizer(steps: int, as_json: bool) -> int:
     return 0
 
 
+def add_preset_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `--preset` goes with (trainer/preset_benchmark.py)."""
+    parser.add_argument("--preset", help="comma list of xxs, xs, s, m, l, xl, xxl: their speed on this device instead")
+    parser.add_argument("--micro-batch", default="auto", help="images, or auto: the fastest power of 2 that fits")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--loop", choices=("deepspeed", "bare"), help="default: deepspeed where it is installed")
+    parser.add_argument("--profile", metavar="FOLDER", help="write a trace of one step per measurement there")
+    parser.add_argument("overrides", nargs="*", help="key=value, with --preset: for instance engine.activations=bf16")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m trainer.benchmark", description=__doc__.splitlines()[0])
@@ -224,7 +234,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    add_preset_options(parser)
+    options = parser.parse_intermixed_args(argv)
+    if options.preset:
+        return preset_benchmark.run(options)
+    if options.overrides:
+        parser.error(f"{options.overrides[0]}: overrides go with --preset")
     if options.table == "optimizer":
         return _print_optimizer(options.steps, options.json)
     ways = options.way.split(",")

@@ -17,6 +17,26 @@ PEAK_FLOPS = (
 # bytes of device memory, the largest common variant, from the same data sheets
 MEMORY_BYTES = (("B200", 180e9), ("H200", 141e9), ("H100", 80e9), ("L40S", 48e9), ("A100", 80e9), ("V100", 32e9))
 
+# bytes/s of device memory, from the same data sheets
+MEMORY_BANDWIDTH = (
+    ("B200", 8.0e12),
+    ("H200", 4.8e12),
+    ("H100 NVL", 3.9e12),
+    ("H100 PCIe", 2.0e12),
+    ("H100", 3.35e12),
+    ("L40S", 864e9),
+    ("A100", 2.039e12),
+    ("V100", 900e9),
+)
+
+
+def peak_bandwidth(device_name: str) -> float | None:
+    """Return the bytes/s of the device's memory by its data sheet, or None for a device not in the table."""
+    for name, rate in MEMORY_BANDWIDTH:
+        if all(word in device_name for word in name.split()):
+            return rate
+    return None
+
 
 def peak_flops(device_name: str, activations: str) -> tuple[str, float] | None:
     """Return (name, dense FLOP/s) of the peak that MFU is measured against, or None for a device not in the table."""
