@@ -4,6 +4,7 @@ RUN/config.yaml is written last, so a folder that has it is complete. A run that
 what may change is where it runs (`cluster.*`, `metrics.*`, where the data lies), for a run is elastic.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -185,7 +186,14 @@ def is_finished(run: Path) -> bool:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint folder; checkpoints are complete or absent, and named by their images."""
+    """Return the newest checkpoint folder, which the trainer's pointer names; without one, that of the most images.
+
+    Checkpoints are complete or absent, and named by their images; one of an abandoned life may have more than the newest.
+    """
+    with contextlib.suppress(OSError):  # a run from before the pointer
+        name = (run / "checkpoints" / "latest").read_text().strip()
+        if re.fullmatch(r"\d{10}", name) and (run / "checkpoints" / name / "manifest.json").is_file():
+            return run / "checkpoints" / name
     found = [
         p
         for p in (run / "checkpoints").glob("*")

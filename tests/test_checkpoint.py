@@ -154,9 +154,10 @@ def test_latest_moves_last_and_is_never_followed_to_something_incomplete(saved, 
         assert latest(run).name == "0000000036"
 
 
-def test_what_a_later_life_saved_is_newer_than_what_lies_beyond_it(saved, tmp_path):
+def test_what_a_later_life_saved_is_newer_than_what_lies_beyond_it(saved, tmp_path, capsys):
     import shutil
 
+    from trainer import checkpoint
     from trainer.checkpoint import list_checkpoints, seal, verify
 
     run = tmp_path / "run"
@@ -165,6 +166,10 @@ def test_what_a_later_life_saved_is_newer_than_what_lies_beyond_it(saved, tmp_pa
     manifest.write_text(json.dumps(seal(json.loads(manifest.read_text()) | {"life": 2})))
     assert [p.name for p in list_checkpoints(run)] == ["0000000036", "0000000024"]
     assert verify(manifest.parent) == []
+    (run / "checkpoints/latest").write_text("0000000024\n")
+    assert checkpoint.main([str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "abandoned life" in lines[0] and "36 images" in lines[0] and "abandoned" not in lines[1]
     manifest.write_text(manifest.read_text().replace('"life": 2', '"life": 3'))
     assert "differs from its checksum" in verify(manifest.parent)[0]
 

@@ -3,13 +3,14 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cluster import forecast
+from cluster import forecast, run_directory
 from tests import shards, small_checkout
 from tests.small_checkout import ROOT, submit
 from trainer.config import load, to_dict
@@ -160,6 +161,9 @@ def test_fork_starts_another_run_from_the_last_checkpoint(root):
     assert [p.name for p in (child / "snapshots").iterdir()] == ["ema-0000000100-0.050.safetensors"]
     assert "ref_lr: 0.5" in (child / "config.yaml").read_text() and "ref_lr: 0.01" in (run / "config.yaml").read_text()
     assert json.loads((child / "logs/forked_from.json").read_text()) == {"run": str(run), "images": 100}
+    shutil.copytree(run / "checkpoints/0000000100", run / "checkpoints/0000000999")  # of a life that was abandoned
+    (run / "checkpoints/latest").write_text("0000000100\n")
+    assert run_directory.saved_images(run) == 100
     assert "exists; name a new run" in submit(root, "--fork", "child")[2]
 
 

@@ -9,6 +9,7 @@ with its final name is whole. The file `latest` names the newest; it moves last,
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -201,6 +202,16 @@ def _describe(checkpoint: Path) -> str:
         return f"{checkpoint.name}  DAMAGED: manifest.json is not readable"
 
 
+def _abandoned(checkpoints: list[Path]) -> list[Path]:
+    """Return those that a run went back behind: a later life began before them and saved since."""
+    lives = []
+    for p in checkpoints:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # described as damaged
+            m = read_manifest(p)
+            lives.append((p, m["clock"], m["life"], m.get("header", {}).get("life_start", m["clock"])))
+    return [p for p, clock, life, _ in lives if any(later > life and start < clock for _, _, later, start in lives)]
+
+
 def _choose(run: Path, clock: str | None) -> Path:
     found = list_checkpoints(run)
     if not found:
@@ -235,12 +246,14 @@ def main(argv=None) -> int:
             consolidate(chosen, options.consolidate)
             print(f"wrote {options.consolidate}: the weights at {int(chosen.name)} images")
             return 0
-        problems = []
-        for p in list_checkpoints(options.run):
+        problems, checkpoints, newest = [], list_checkpoints(options.run), latest(options.run)
+        lost = _abandoned(checkpoints)
+        for p in checkpoints:
             found = verify(p) if options.verify else []
             problems += found
-            remark = "" if not options.verify else "  checksums differ" if found else "  checksums fit"
-            print(_describe(p) + ("  <- latest" if p == latest(options.run) else "") + remark)
+            remark = "  <- latest" if p == newest else "  abandoned life" if p in lost else ""
+            remark += "" if not options.verify else "  checksums differ" if found else "  checksums fit"
+            print(_describe(p) + remark)
         if problems:
             raise ValueError("; ".join(problems))
     except (ValueError, OSError) as error:
