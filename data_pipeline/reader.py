@@ -164,6 +164,13 @@ class Source:
         ids = order.sample_at(self.seed, positions, self._member_sizes, self.window)
         return ids if self._members is None else self._members[ids]
 
+    def name(self, position: int) -> str:
+        """Return which sample is at a position, before any replacement, by shard and key."""
+        sample = int(self.sample_ids([position])[0])
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        key = self._get(shard).keys[sample - int(self._starts[shard])].decode(errors="replace")
+        return f"{self.manifest.shards[shard].name} {key!r}"
+
     def _read(self, positions: np.ndarray) -> LatentBatch:
         m = self.manifest
         stored = self._empty((len(positions), *m.shape), _TORCH[m.dtype])

@@ -132,30 +132,48 @@ def read_manifest(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "manifest.json").read_text())
 
 
+class Stored:
+    """A checkpoint's tensors, whatever the number of ranks that wrote them."""
+
+    def __init__(self, checkpoint: Path, manifest: dict):
+        self.checkpoint = checkpoint
+        self._where: dict[str, list[tuple[str, int, int]]] = {}
+        for file, entry in manifest["files"].items():
+            for name, start, count in entry["pieces"]:
+                self._where.setdefault(name, []).append((file, start, count))
+        self._opened = {file: safe_open(checkpoint / file, framework="pt") for file in manifest["files"]}
+
+    def read(self, kind: str, name: str, start: int, count: int) -> torch.Tensor:
+        """Return `count` elements of a tensor from the first on, 1-D fp32 on the CPU; raise ValueError where they are not there."""
+        if name not in self._where:
+            raise ValueError(
+                f"{self.checkpoint}: has no tensor {name}; it belongs to another network, start another run"
+            )
+        whole, filled, end = torch.empty(count), 0, start + count
+        for file, piece_start, piece_count in self._where[name]:
+            a, b = max(start, piece_start), min(end, piece_start + piece_count)
+            if a < b:
+                piece = self._opened[file].get_slice(f"{kind}/{name}")[a - piece_start : b - piece_start]
+                whole[a - start : b - start].copy_(piece)
+                filled += b - a
+        if filled != count:
+            raise ValueError(
+                f"{self.checkpoint}: {name} has another size there; it belongs to another network, start another run"
+            )
+        return whole
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """Return a buffer of the network."""
+        return self._opened[min(self._opened)].get_tensor(f"buffer/{name}")
+
+
 @torch.no_grad()
 def _load_state(checkpoint: Path, manifest: dict, engine: Engine) -> None:
-    where: dict[str, list[tuple[str, int, int]]] = {}
-    for file, entry in manifest["files"].items():
-        for name, start, count in entry["pieces"]:
-            where.setdefault(name, []).append((file, start, count))
-    opened = {file: safe_open(checkpoint / file, framework="pt") for file in manifest["files"]}
+    stored = Stored(checkpoint, manifest)
     for kind, name, start, tensor in state(engine, engine.fragments):
-        if name not in where:
-            raise ValueError(f"{checkpoint}: has no tensor {name}; it belongs to another network, start another run")
-        filled, end = 0, start + tensor.numel()
-        for file, piece_start, count in where[name]:
-            a, b = max(start, piece_start), min(end, piece_start + count)
-            if a < b:
-                piece = opened[file].get_slice(f"{kind}/{name}")[a - piece_start : b - piece_start]
-                tensor[a - start : b - start].copy_(piece)
-                filled += b - a
-        if filled != tensor.numel():
-            raise ValueError(
-                f"{checkpoint}: {name} has another size there; it belongs to another network, start another run"
-            )
-    first = opened[min(opened)]
+        tensor.copy_(stored.read(kind, name, start, tensor.numel()))
     for name, buffer in engine.buffers().items():
-        buffer.copy_(first.get_tensor(f"buffer/{name}"))
+        buffer.copy_(stored.buffer(name))
     for moments in engine.optimizer.adam.state.values():
         moments["step"].fill_(manifest["adam_step"])
     engine.refresh_copies()

@@ -79,8 +79,10 @@ class Profiles:
             os.replace(beside, path)
             if self.device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(str(path.with_suffix(".memory.pickle")))
-                torch.cuda.memory._record_memory_history(enabled=None)
         except OSError as error:  # a full disk: a trace is no reason to stop a run
             print(f"warning: no trace written: {error}", flush=True)
             return
+        finally:
+            if self.device.type == "cuda":  # or the history would cost time in every later step
+                torch.cuda.memory._record_memory_history(enabled=None)
         print(f"trace of {STEPS} steps: {path}", flush=True)

@@ -30,17 +30,9 @@ from trainer.stop import Stop
 
 def train(run: Run) -> int:
     """Tell the story of a run; return the exit status."""
-    config, engine, status = run.config, run.engine, 0
+    config, status = run.config, 0
     while not run.ended() and not status:
-        rate = learning_rate(run.clock, config.lr.ref_lr, config.lr.decay_images, config.lr.rampup_images)
-        for here, next_ in micro_batches(run.clock, config.global_batch, config.micro_batch, run.rank, run.world):
-            run.forward_backward(here, next_)
-        run.clock += config.global_batch
-        with run.phase("optimizer"):
-            engine.step(rate, run.clock)
-        run.meter.check_finite()
-        run.examples.noise_levels.step(run.clock)
-        if run.meter.step(run.clock, rate):
+        if step(run):
             run.note_progress()
         if run.due(config.snapshots.every_images):
             run.take_snapshots()
@@ -50,6 +42,20 @@ def train(run: Run) -> int:
     status = 0 if run.ended() else status
     run.end(status)
     return status
+
+
+def step(run: Run) -> bool:
+    """Train on one global batch; say whether its metrics were published."""
+    config = run.config
+    rate = learning_rate(run.clock, config.lr.ref_lr, config.lr.decay_images, config.lr.rampup_images)
+    for here, next_ in micro_batches(run.clock, config.global_batch, config.micro_batch, run.rank, run.world):
+        run.forward_backward(here, next_)
+    run.clock += config.global_batch
+    with run.phase("optimizer"):
+        run.engine.step(rate, run.clock)
+    run.meter.check_finite()
+    run.examples.noise_levels.step(run.clock)
+    return run.meter.step(run.clock, rate)
 
 
 def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
