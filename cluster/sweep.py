@@ -31,7 +31,14 @@ from trainer.config import parse_size, read_yaml  # noqa: E402
 from trainer.ema_profiles import gamma_from_sigma_rel, parse_range  # noqa: E402
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-METRICS = ("loss", "latent", "fid", "fd_dinov2", "digits")  # of trainer.evaluate, which needs torch (a test compares)
+METRICS = (
+    "loss",
+    "denoise",
+    "latent",
+    "fid",
+    "fd_dinov2",
+    "digits",
+)  # of trainer.evaluate, which needs torch (a test compares)
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
     digits      share of drawn digits that a classifier of real ones reads as asked for (the demo)
     loss        loss per logSNR bin on given data: no sampling, the cheapest
+    denoise     PSNR of noisy data made clean, over noise levels: no sampling
     latent      Frechet distance, precision and recall of the whitened latents themselves: nothing to download
     fid         Frechet distance of Inception features; needs --weights fid=FILE
     fd_dinov2   ... of DINOv2 features; needs --weights fd_dinov2=FILE
@@ -23,7 +24,7 @@ import torch
 
 from data_pipeline.progress import Progress
 from models.noise import sigma_from_logsnr
-from trainer import digit_labels, evaluations, features, frechet, generate, heldout, trained_range
+from trainer import digit_labels, evaluations, features, frechet, generate, heldout, robustness, trained_range
 from trainer.state import write_atomically
 
 DATA_IMAGES = 50_000  # as many as published Frechet distances draw
@@ -61,6 +62,14 @@ def loss(subject: Subject, options: argparse.Namespace) -> dict:
         print(line, file=sys.stderr, flush=True)
     result = heldout.summary(heldout.bin_losses(subject.drawing.network, data, options.batch, subject.drawing.device))
     return {"value": result["mean"], "better": "low", "data": data.name, **result}
+
+
+def denoise(subject: Subject, options: argparse.Namespace) -> dict:
+    """Average the PSNR of one evaluation over noise levels."""
+    data = _data(subject, options)
+    drawing = subject.drawing
+    result = robustness.summary(robustness.psnr(drawing.network, data, options.batch, drawing.device))
+    return {"value": result["mean"], "better": "high", "data": data.name, **result}
 
 
 def frechet_distance(kind: str, subject: Subject, options: argparse.Namespace) -> dict:
@@ -134,6 +143,7 @@ def _data(subject: Subject, options: argparse.Namespace) -> heldout.Data:
 METRICS = {
     "digits": digits,
     "loss": loss,
+    "denoise": denoise,
     **{kind: functools.partial(frechet_distance, kind) for kind in ("latent", "fid", "fd_dinov2")},
 }
 
@@ -149,6 +159,12 @@ def say(name: str, result: dict) -> str:
     if name == "loss":
         bins = "  ".join(f"[{b['logsnr'][0]:g},{b['logsnr'][1]:g}] {b['loss']:.4f}" for b in result["bins"])
         return f"loss: {result['mean']:.5f} +- {result['error']:.5f} over {result['images']} images of {result['data']}; {bins}"
+    if name == "denoise":
+        levels = "  ".join(
+            f"{v['noise']:g}: {v['denoised']:.2f} (noisy {v['noisy']:.2f}, path {v['path']:.2f})"
+            for v in result["levels"]
+        )
+        return f"denoise: {result['mean']:.2f} dB over {result['images']} images of {result['data']}; {levels}"
     more = f", precision {result['precision']:.3f}, recall {result['recall']:.3f}" if "precision" in result else ""
     remark = "" if result["comparable"] else "; not comparable with published figures"
     return f"{name}: {result['value']:.4f}{more} ({result['images']} images, {result['features']}{remark})"
