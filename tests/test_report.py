@@ -153,10 +153,16 @@ def browse(page: Path, folder: Path) -> tuple[str, list[str], list[str]]:
         "--no-first-run",
     ]
     flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}"]
+    flags += ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
     flags += [f"--log-net-log={log}", f"--screenshot={folder / 'page.png'}", "--window-size=1400,2400", "--dump-dom"]
     done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    asked = re.findall(r'"url":"((?!file:|data:|chrome|devtools)[^"]+)"', log.read_text())
+    events = json.loads(log.read_text())["events"]
+    # what the browser asks for on its own account (the time, updates) has no origin
+    asked = [
+        e["params"]["url"] for e in events if e.get("params", {}).get("initiator", "not an origin") != "not an origin"
+    ]
+    asked = [url for url in asked if not url.startswith(("file:", "data:"))]
     return done.stdout, [x for x in done.stderr.splitlines() if "CONSOLE" in x], asked
 
 
