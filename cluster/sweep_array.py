@@ -13,6 +13,8 @@ from cluster import slurm
 from trainer.config import load
 
 POLL_SECONDS = 2.0
+ROUNDS = 3  # submissions of a task that ends without a word
+LOST = "lost"
 GRACE_SECONDS = 30.0  # a shared file system may show a result later than Slurm shows the end of its job
 
 
@@ -43,7 +45,10 @@ def run_one(root: Path, command: list[str]) -> None:
 
 
 def execute(run: Path, root: Path, commands: list[list[str]], parallel: int) -> None:
-    """Run all commands as one Slurm job array, `parallel` at once, to its end; ValueError naming the first that failed."""
+    """Run all commands as one Slurm job array, `parallel` at once, to its end; ValueError naming the first that failed.
+
+    Those that ended without a word are submitted again, up to ROUNDS times in all.
+    """
     c = load(run / "config.yaml").cluster
     made = submitit.SlurmExecutor(run / "logs" / "sweep")
     made.update_parameters(
@@ -55,19 +60,33 @@ def execute(run: Path, root: Path, commands: list[list[str]], parallel: int) -> 
         array_parallelism=parallel,
     )
 
+    for left in reversed(range(ROUNDS)):
+        jobs = _submit(made, root, commands)
+        array = jobs[0].job_id.partition("_")[0]
+        print(f"submitted Slurm job {array}: {len(jobs)} tasks; logs in {run / 'logs' / 'sweep'}", flush=True)
+        try:
+            ends = [_wait(job) for job in jobs]  # all of them: what is left running would be measured twice
+        except BaseException:
+            subprocess.run(["scancel", array], check=False)
+            raise
+        commands = [command for command, end in zip(commands, ends) if end == LOST]
+        bad = [end for end in ends if end not in ("", LOST)]
+        if bad or (commands and not left):
+            raise ValueError(
+                bad[0]
+                if bad
+                else f"Slurm job {array} ended without a result {ROUNDS} times; see {jobs[0].paths.stderr}"
+            )
+        if not commands:
+            return
+
+
+def _submit(made: submitit.SlurmExecutor, root: Path, commands: list[list[str]]) -> list[submitit.Job]:
     def submit() -> list[submitit.Job]:
         with made.batch():
             return [made.submit(run_one, root, command) for command in commands]
 
-    jobs = slurm.submit_quietly(submit)
-    array = jobs[0].job_id.partition("_")[0]
-    print(f"submitted Slurm job {array}: {len(jobs)} tasks; logs in {run / 'logs' / 'sweep'}", flush=True)
-    try:
-        for job in jobs:
-            _wait(job)
-    except KeyboardInterrupt:
-        subprocess.run(["scancel", array], check=False)
-        raise
+    return slurm.submit_quietly(submit)
 
 
 def submit_later(run: Path, words: list[str], after: str) -> str:
@@ -84,16 +103,17 @@ def submit_later(run: Path, words: list[str], after: str) -> str:
     return slurm.submit_quietly(lambda: made.submit(run_one, code, ["cluster.sweep", str(run), *words])).job_id
 
 
-def _wait(job: submitit.Job) -> None:
-    """Return when a job's result is there; a failed one's reason is raised as ValueError."""
+def _wait(job: submitit.Job) -> str:
+    """Return how a job ended when it has: '' well, LOST without a word (killed, or its node gone), or what it said."""
     over_since = None
     while not job.paths.result_pickle.exists():
         if slurm.state_of(job.job_id) in slurm.OVER:
             over_since = over_since or time.monotonic()
             if time.monotonic() - over_since > GRACE_SECONDS:
-                raise ValueError(f"Slurm job {job.job_id} ended without a result; see {job.paths.stderr}")
+                return LOST
         time.sleep(POLL_SECONDS)
     error = job.exception()
-    if error is not None:
-        said = re.findall(r"^\w*Error: (.*)$", str(error), re.MULTILINE) or ["failed"]
-        raise ValueError(f"{said[-1]} (Slurm job {job.job_id}; see {job.paths.stderr})")
+    if error is None:
+        return ""
+    said = re.findall(r"^\w*Error: (.*)$", str(error), re.MULTILINE) or ["failed"]
+    return f"{said[-1]} (Slurm job {job.job_id}; see {job.paths.stderr})"

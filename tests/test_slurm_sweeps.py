@@ -141,6 +141,24 @@ def test_encode_train_and_sweep_in_one_go(machine, tmp_path):  # noqa: F811
         shutil.rmtree(job, ignore_errors=True)
 
 
+def test_an_element_that_ends_without_a_word_is_run_again(machine, root):  # noqa: F811
+    (root / "runs/x").mkdir(parents=True)
+    (root / "runs/x/config.yaml").write_text((root / "configs/small.yaml").read_text())
+    (root / "killed_once.py").write_text(
+        "import os, pathlib, sys\n"
+        "mark = pathlib.Path(sys.argv[1]); again = mark.exists(); mark.write_text('2' if again else '1')\n"
+        "again or os.kill(os.getppid(), 9)\n"
+    )
+    (root / "fine.py").write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).open('a').write('x')")
+    code = (
+        "from pathlib import Path; from cluster import sweep_array; sweep_array.GRACE_SECONDS = 2.0\n"
+        "sweep_array.execute(Path('runs/x').resolve(), Path.cwd(), [['killed_once', 'a'], ['fine', 'b']], 2)"
+    )
+    done = run_command(machine, root, "-c", code)
+    assert done.returncode == 0 and "1 tasks" in done.stdout and "2 tasks" in done.stdout, done.stderr
+    assert (root / "a").read_text() == "2" and (root / "b").read_text() == "x"
+
+
 def _encoders(data):
     """Return the pid of an encoder that has begun."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):

@@ -4,7 +4,10 @@ import json
 import os
 import signal
 
+import pytest
+
 from tests.test_resume import data, finish, start, wait_for_clock  # noqa: F401 - data is a fixture
+from trainer import watchdog
 from trainer.stop import START_AGAIN
 
 
@@ -20,3 +23,25 @@ def test_a_hanging_rank_is_named_by_the_others_and_the_run_goes_on_afterwards(da
     assert "trainer/train.py" in stacks, "the stack shows where the main thread stood"
     finish(run, data)
     assert json.loads((run / "state.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(("step", "most"), [(0.1, 120), (2, 200), (60, 600)])
+def test_patience_is_a_number_of_usual_steps(tmp_path, monkeypatch, step, most):
+    now = [1000.0]
+    monkeypatch.setattr(watchdog.time, "time", lambda: now[0])
+    one = watchdog.Watchdog(tmp_path, 0, 1, 1, 0, 100)
+    one.limit = 600  # without the thread that watches
+
+    def steps(count, seconds):
+        for _ in range(count):
+            now[0] += seconds
+            one.alive("optimizer")
+            one.alive("data")
+
+    steps(watchdog.USUAL_STEPS, step)
+    assert one._patience() == 600, "what is usual is not known yet"
+    steps(1, 500)  # a checkpoint between two steps is not usual
+    steps(1, step)
+    assert one._patience() == pytest.approx(most)
+    one.limit_steps = 0
+    assert one._patience() == 600

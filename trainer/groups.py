@@ -222,6 +222,9 @@ class Engine:
     hang_seconds: int = at_least(
         600, 0
     )  # without a step for so long, every rank dumps its stacks and asks to be restarted; 0: off
+    hang_steps: int = at_least(
+        100, 0
+    )  # ... or, where that is sooner, for so many times a usual step, but two minutes; 0: off
 
 
 @dataclass

@@ -49,7 +49,8 @@ class Run:
         )  # rank 0 may have written before another rank read: one attempt, one last checkpoint
         self.state.values = shared[0]
         self.state.write()
-        self.watchdog = Watchdog(folder, self.rank, self.world, self.state.attempt, config.engine.hang_seconds)
+        hang = config.engine.hang_seconds, config.engine.hang_steps
+        self.watchdog = Watchdog(folder, self.rank, self.world, self.state.attempt, *hang)
         self.peers = Peers(folder, self.rank, self.world, self.state.attempt, self._group(FOREVER))
         self.say(f"attempt {self.state.attempt} of {folder} on {self.world} ranks, {device()}")
         self.examples = Examples(config, device())

@@ -7,17 +7,22 @@ the interpreter itself be stuck, faulthandler's C thread ends the process a litt
 """
 
 import faulthandler
+import itertools
 import json
 import os
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 from trainer import state
 from trainer.stop import START_AGAIN
 
 PATIENCE_FACTOR = 10  # more time for what is done for the first time (compilation, cold caches) and for the filesystem
+USUAL_STEPS = 32  # whose median is the usual time of a step
+SHORTEST_SECONDS = 120.0  # however short the steps are: a shard may have to be fetched again, a machine may be busy
 ANSWER_SECONDS = 3.0  # how long to wait for the other ranks' word on who hangs, beyond the time in which they look
 LONGEST_POLL_SECONDS = 5.0
 FILESYSTEM = ("checkpoint", "snapshot", "state", "last save")
@@ -29,10 +34,14 @@ def request(run: Path, attempt: int) -> Path:
 
 
 class Watchdog:
-    """Call `alive` wherever the loop gets on; 0 seconds switch it off."""
+    """Call `alive` wherever the loop gets on; 0 seconds switch it off.
 
-    def __init__(self, run: Path, rank: int, world: int, attempt: int, limit_seconds: float):
+    Patience is `limit_steps` times the usual time of a step, within SHORTEST_SECONDS and `limit_seconds`; 0 steps: the latter.
+    """
+
+    def __init__(self, run: Path, rank: int, world: int, attempt: int, limit_seconds: float, limit_steps: int = 0):
         self.run, self.rank, self.world, self.attempt, self.limit = run, rank, world, attempt, limit_seconds
+        self.limit_steps, self._stepped = limit_steps, deque(maxlen=USUAL_STEPS + 1)
         self.doing, self.since = "starting", time.time()
         self._done: set[str] = set()  # what this start has done once already
         self._steps = 0
@@ -50,6 +59,8 @@ class Watchdog:
         self._steps += doing == "optimizer"
         self._done.add(self.doing)
         self.doing, self.since = doing, time.time()
+        if doing == "optimizer":
+            self._stepped.append(self.since)
 
     def close(self) -> None:
         """End the watch; without stacks to show, leave no file."""
@@ -67,7 +78,14 @@ class Watchdog:
     def _allowed(self) -> float:
         # the second step may compile again; so does the first forward that collects magnitudes, under a name of its own
         slow = self.doing in FILESYSTEM or self.doing not in self._done or self._steps < 2
-        return self.limit * (PATIENCE_FACTOR if slow else 1)
+        return self._patience() * (PATIENCE_FACTOR if slow else 1)
+
+    def _patience(self) -> float:
+        stepped = self._stepped.copy()  # the loop goes on meanwhile
+        if not self.limit_steps or len(stepped) <= USUAL_STEPS:
+            return self.limit
+        usual = statistics.median(after - before for before, after in itertools.pairwise(stepped))
+        return min(self.limit, max(SHORTEST_SECONDS, self.limit_steps * usual))
 
     def _watch(self) -> None:
         poll = min(LONGEST_POLL_SECONDS, self.limit / 4)
@@ -76,7 +94,7 @@ class Watchdog:
             if question := self._question():
                 self._answer(question)
             late = time.time() - max(self.since, self._asked_at)
-            if late > self._allowed() or (self.doing in FILESYSTEM and late > self.limit):
+            if late > self._allowed() or (self.doing in FILESYSTEM and late > self._patience()):
                 self._ask(2 * poll + ANSWER_SECONDS)
 
     def _question(self) -> str:
