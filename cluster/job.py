@@ -202,6 +202,7 @@ class Task:
         """Return the child's environment."""
         port = self.plan.get("master_port") or ranks.port_of(self.place.job_id, self.place.restarts)
         variables = ranks.environment(self.place, port, self.config.cluster.cpus_per_rank)
+        variables["EVENKEEL_PREFLIGHT_FAILURES"] = str(len(read_json(self.run / "logs" / "excluded.json")))
         chosen = {name: str(value) for name, value in self.config.cluster.environment.items()}
         return {**os.environ, **variables, **chosen, "PYTHONPATH": str(self.run / "code"), "PYTHONUNBUFFERED": "1"}
 

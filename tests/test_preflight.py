@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cluster import preflight
+from cluster import job, preflight
 from tests import shards
 from tests.small_checkout import CONFIG, ROOT
 from trainer.config import load
@@ -116,3 +116,15 @@ def test_a_node_that_never_comes_is_blamed_in_bounded_time(run):
     assert time.monotonic() - started < 40
     assert "not there: ranks [1]" in alone.stdout.read()
     assert preflight.bad_nodes(run / "control", ["node0", "node1"]) == {"node1": "did not answer within 5 s"}
+
+
+def test_the_trainer_hears_how_many_nodes_were_left_out(run, monkeypatch):
+    variables = {"JOB_ID": 123, "NTASKS": 2, "JOB_NUM_NODES": 1, "NODEID": 0, "GLOBALID": 0, "LOCALID": 0}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", str(value))
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    task = job.Task({"run": str(run), "attempt": 1, "master_port": 4242})
+    assert task.environment()["EVENKEEL_PREFLIGHT_FAILURES"] == "0"
+    (run / "logs").mkdir()
+    (run / "logs/excluded.json").write_text('{"gpu003": "slow", "gpu007": "no data"}')
+    assert task.environment()["EVENKEEL_PREFLIGHT_FAILURES"] == "2"

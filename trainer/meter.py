@@ -66,6 +66,7 @@ class Meter:
         metrics.set("evenkeel_attempt", metrics.attempt)
         metrics.set("evenkeel_restarts_total", metrics.attempt - 1)
         metrics.set("evenkeel_requeues_total", int(os.environ.get("EVENKEEL_REQUEUES", "0")))
+        metrics.set("evenkeel_preflight_failures_total", int(os.environ.get("EVENKEEL_PREFLIGHT_FAILURES", "0")))
         self.engine.time_collectives(self._due(clock + config.global_batch))
         for kind, held in engine.held_bytes().items():
             metrics.set("evenkeel_state_bytes", held, kind=kind)

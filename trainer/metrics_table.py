@@ -31,6 +31,8 @@ TABLE = tuple(Metric(*row) for row in (
     ("evenkeel_attempt", "gauge", "starts", (), "run", "Which start of the run this is"),
     ("evenkeel_restarts_total", "counter", "starts", (), "run", "Starts of the run after its first"),
     ("evenkeel_requeues_total", "counter", "starts", (), "run", "Times the scheduler has started this job again"),
+    ("evenkeel_preflight_failures_total", "counter", "nodes", (), "run",
+     "Nodes that a preflight found unfit and left out of the job; logs/excluded.json says why"),
     # throughput
     ("evenkeel_images_per_second", "gauge", "images/s", (), "run", "Throughput since the last publication, stalls included"),
     ("evenkeel_step_seconds", "gauge", "seconds", (), "rank", "Mean time of an optimizer step since the last publication"),

@@ -128,7 +128,8 @@ def labelled(name: str, log: bool = False, **wanted: str) -> Callable:
 
     def panel(axis, subject: Subject) -> bool:
         drawn = []
-        for key, (clocks, values) in run_log.series(subject.lineage, name).items():
+        # in one order in every report, so that a bucket keeps its colour
+        for key, (clocks, values) in sorted(run_log.series(subject.lineage, name).items()):
             label = run_log.labels(key)
             if _finite(values) and all(label.get(k) == v for k, v in wanted.items()):
                 words = [v for k, v in label.items() if k not in wanted]
@@ -166,9 +167,9 @@ def loss_by_logsnr(axis, subject: Subject) -> bool:
     chosen = [lines[round(i * (len(lines) - 1) / (CURVES - 1))] for i in range(CURVES)] if lines else []
     chosen = list({line["evenkeel_images_seen"]: line for line in chosen}.values())
     for i, line in enumerate(chosen):
-        points = {
-            float(run_log.labels(k)["logsnr"]): run_log.number(v) for k, v in line["evenkeel_loss_by_logsnr"].items()
-        }
+        shares = line.get("evenkeel_samples_by_logsnr_ratio", {})  # a bin without a sample still shows an older value
+        found = {k: v for k, v in line["evenkeel_loss_by_logsnr"].items() if shares.get(k, 1.0)}
+        points = {float(run_log.labels(k)["logsnr"]): run_log.number(v) for k, v in found.items()}
         colour = canvas().cm.viridis(0.9 * i / max(1, len(chosen) - 1))
         axis.plot(
             sorted(points), [points[x] for x in sorted(points)], color=colour, label=_size(line["evenkeel_images_seen"])

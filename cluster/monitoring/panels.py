@@ -66,6 +66,7 @@ FLEET = Board(
         Panel("Age of the checkpoint", "s", ((f"time() - {of('evenkeel_checkpoint_timestamp_seconds')}", "{{run}}"),)),
         plain("Restarts", "short", "evenkeel_restarts_total"),
         plain("Requeues", "short", "evenkeel_requeues_total"),
+        plain("Nodes left out by the preflight", "short", "evenkeel_preflight_failures_total"),
         plain("MFU", "percentunit", "evenkeel_mfu_ratio", "{{run}} of {{peak}}", "a known peak"),
         plain("FLOP/s of all ranks", "short", "evenkeel_flops_per_second"),
         plain("Loss", "none", "evenkeel_loss"),
