@@ -70,8 +70,10 @@ def test_the_experiments_of_this_repository_load_with_the_sizes_they_state(tmp_p
         found = experiments.cells(experiment, tmp_path, None, experiment.seeds, [])
         assert len({c.folder for c in found}) == len(found) == len(experiment.arms) * len(experiment.seeds) >= 12
         assert [c.seed for c in found] == sorted(c.seed for c in found), "a seed is done for all arms before the next"
-        common = [{**config.to_dict(c.config), "run": 0, "seed": 0, "model": 0, "noise": 0, "lr": 0} for c in found]
-        assert all(c == common[0] for c in common), "budget, data and objective are the same for all arms"
+        common = [
+            {**config.to_dict(c.config), "run": 0, "seed": 0, "model": 0, "noise": 0, "loss": 0, "lr": 0} for c in found
+        ]
+        assert all(c == common[0] for c in common), "budget and data are the same for all arms"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 
 from tests.gloo import ROOT, Ranks
 from tests.test_resume import data, snapshots_of, state_of  # noqa: F401 (data is a fixture)
-from trainer import generate, posthoc
+from trainer import flops, generate, posthoc
+from trainer.config import load, to_dict
 
 STEPS, BATCH = 6, 64
 HALFWAY = STEPS * BATCH // 2
@@ -53,6 +54,11 @@ def test_a_u_node_goes_the_whole_way(data, tmp_path):  # noqa: F811
     last = metrics[-1]
     assert last["evenkeel_function_evaluations"] == {f"block=unet.{name}": 2 for name in blocks}
     assert last["evenkeel_row_rms_deviation"] < 1e-5
+    size = flops.count(to_dict(load(tmp_path / "run"))["model"])
+    assert last["evenkeel_parameters"] == {
+        "kind=trainable": size.trainable_parameters,
+        "kind=with_frozen_tables": size.parameters + size.frozen_table_values,
+    }
     magnitudes = last["evenkeel_activation_magnitude"]
     assert {label for label in magnitudes if "mean" in label} == {
         f"side={side},resolution={res},statistic=mean" for side, res in (("Enc", 8), ("Enc", 4), ("Dec", 8))

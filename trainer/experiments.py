@@ -20,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from data_pipeline import manifest
 from data_pipeline.progress import Progress
 from trainer import config, state
 from trainer.groups import Data
@@ -89,7 +90,8 @@ def cells(
     found = []
     for seed in seeds:
         for arm, (base, *own) in experiment.arms.items():
-            values = [*experiment.set, *own, *(_data_keys(data) if data else []), *overrides]
+            values = [*experiment.set, *own]
+            values = [*values, *(_data_keys(data, values) if data else []), *overrides]
             values += [f"seed={seed}", f"run={(folder / f'{arm}-seed{seed}').resolve()}"]
             cell = Cell(arm, seed, config.load(config.CONFIGS / f"{base}.yaml", values))
             if "://" not in cell.config.data.path:
@@ -104,19 +106,13 @@ def cells(
     return found
 
 
-def _data_keys(folder: Path) -> list[str]:
-    """Return the overrides that make a config fit another dataset."""
-    from data_pipeline import manifest
-
+def _data_keys(folder: Path, values: list[str]) -> list[str]:
+    """Return the overrides that make a config fit another dataset; without classes where `values` leave them out."""
     m = manifest.load(folder)
     channels = m.shape[0] // 2 if m.moments == "mean_std" else m.shape[0]
-    return [
-        f"data.path='{folder.resolve()}'",
-        f"data.codec={m.codec}",
-        "data.encode_from=",
-        f"model.channels={channels}",
-        f"model.resolution={m.shape[-1]}",
-    ]
+    keys = [f"data.path='{folder.resolve()}'", f"data.codec={m.codec}", "data.encode_from="]
+    keys += [f"model.channels={channels}", f"model.resolution={m.shape[-1]}"]
+    return keys if "model.label_dim=0" in values else [*keys, f"model.label_dim={m.label_dim}"]
 
 
 def encode_once(data: Data) -> None:

@@ -212,6 +212,8 @@ class Meter:
     def _put_machine(self) -> None:
         put, plan = self.metrics.set, self.config.snapshots
         put("evenkeel_memory_bytes", hardware.peak_memory(self.engine.device))
+        put("evenkeel_parameters", self.cost.trainable_parameters, kind="trainable")
+        put("evenkeel_parameters", self.cost.parameters + self.cost.frozen_table_values, kind="with_frozen_tables")
         for block, evaluations in self.engine.module.function_evaluations().items():
             put("evenkeel_function_evaluations", evaluations, block=block)
         for name, value in hardware.gpu_load(self.engine.device).items():

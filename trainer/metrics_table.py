@@ -80,6 +80,8 @@ TABLE = tuple(Metric(*row) for row in (
     ("evenkeel_row_rms_deviation", "gauge", "RMS", (), "run", "Largest |RMS - (1 - 1e-4)| over all normalised weight rows"),
     ("evenkeel_function_evaluations", "gauge", "evaluations", ("block",), "rank",
      "How often an ODE block evaluated its right-hand side in the last forward", "network with ODE blocks"),
+    ("evenkeel_parameters", "gauge", "parameters", ("kind",), "run",
+     "Size of the network with its uncertainty head: trainable, and with its frozen tables, which published totals count"),
     ("evenkeel_layer_weight_rms", "gauge", "RMS", ("layer",), "run", "RMS of a learned layer's weight: it must be 1"),
     ("evenkeel_gain", "gauge", "1", ("layer",), "run", "A learned gain"),
     ("evenkeel_attention_logit_max", "gauge", "1", ("side", "resolution"), "run",

@@ -166,6 +166,7 @@ MAGNITUDES = Board(
         buckets(
             "Share of clipped activations, max over blocks", "evenkeel_clipped_ratio", "max", "percentunit", "clipping"
         ),
+        plain("Parameters", "short", "evenkeel_parameters", "{{run}} {{kind}}"),
         plain(
             "Function evaluations of ODE blocks", "short", "evenkeel_function_evaluations", "{{block}}", "ODE blocks"
         ),
