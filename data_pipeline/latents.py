@@ -24,17 +24,20 @@ class LatentBatch:
     labels: torch.Tensor
 
 
-def _constants(manifest: Manifest, device) -> tuple[torch.Tensor, torch.Tensor]:
+def constants_of(manifest: Manifest, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation per channel, [1, C, 1, 1]."""
     mean = torch.tensor(manifest.mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
     std = torch.tensor(manifest.std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
     return mean, std
 
 
-def whiten(stored: torch.Tensor, manifest: Manifest, posterior_normal: torch.Tensor | None = None) -> torch.Tensor:
+def whiten(
+    stored: torch.Tensor, manifest: Manifest, posterior_normal: torch.Tensor | None = None, constants=None
+) -> torch.Tensor:
     """Turn stored samples [N, C or 2C, H, W] into training data [N, C, H, W]: fp32, mean 0, standard deviation 0.5.
 
     Where the dataset stores posterior moments, the latent is mean + posterior_normal * std; None takes the posterior's
-    mean, for looking.
+    mean, for looking. `constants` are those of `constants_of`, where they are used often.
     """
     if stored.shape[1:] != tuple(manifest.shape):
         raise ValueError(
@@ -45,13 +48,13 @@ def whiten(stored: torch.Tensor, manifest: Manifest, posterior_normal: torch.Ten
         latents, deviations = latents.chunk(2, dim=1)
         if posterior_normal is not None:
             latents = latents + posterior_normal.to(torch.float32) * deviations
-    mean, std = _constants(manifest, stored.device)
+    mean, std = constants or constants_of(manifest, stored.device)
     return (latents - mean) * (SIGMA_DATA / std)
 
 
 def unwhiten(latents: torch.Tensor, manifest: Manifest) -> torch.Tensor:
     """Invert `whiten` up to the posterior's draw: training scale [N, C, H, W] to raw latents, fp32."""
-    mean, std = _constants(manifest, latents.device)
+    mean, std = constants_of(manifest, latents.device)
     return latents.to(torch.float32) * (std / SIGMA_DATA) + mean
 
 

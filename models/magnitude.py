@@ -17,6 +17,7 @@ from models import winograd
 EPS = 1e-4  # added to the RMS, not to its square (Algorithm 1 of the paper; facts measured on the reference)
 SILU_RMS = 0.596  # RMS of silu(x) for x ~ N(0, 1), rounded as in the paper (Eq. 81)
 
+CHANNEL_MULTIPLE = 8
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by number of dimensions of the weight
 
 
@@ -123,9 +124,11 @@ class MPConv(nn.Module):
             return winograd.conv3x3(
                 x, self.weight, scale
             )  # the scale goes into the transformed filters: no copy of the weight
-        if x.dtype == self.weight.dtype and x.numel() < self.weight.numel():
+        on_gpu = x.device.type == "cuda"
+        if x.dtype == self.weight.dtype and (on_gpu or x.numel() < self.weight.numel()):
             # where the weight is the larger operand (low resolutions), scale the input: the weight is then used as it is,
-            # which saves a copy of it in the forward, another one kept for the backward, and a pass over its gradient
+            # which saves a copy of it in the forward, another one kept for the backward, and a pass over its gradient; on GPUs
+            # always, where the compiler lets whatever made the input do it
             x = x * scale
             if x.device.type == "cpu":
                 # oneDNN transposes a large weight and its gradient for channels_last: up to 3.5 times the time of the layer
@@ -136,7 +139,21 @@ class MPConv(nn.Module):
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         if not any(self.padding):  # a matrix product; a view, without a copy, where memory is channels_last
             return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
+        if x.device.type == "cuda" and weight.ndim == 4:
+            return padded_conv2d(x, weight, self.padding)
         return _CONVOLUTIONS[weight.ndim](x, weight, padding=self.padding)
+
+
+def padded_conv2d(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+    """Convolve with both channel counts rounded up to eights by zeros, and cut off what that adds to the output.
+
+    Tensor cores want 16-byte pixels (cuDNN's guide: multiples of 8 in 16 bits); the network's ends have 5 and 4 channels.
+    """
+    outs, ins = weight.shape[:2]
+    more_outs, more_ins = -outs % CHANNEL_MULTIPLE, -ins % CHANNEL_MULTIPLE
+    if more_outs or more_ins:
+        x, weight = F.pad(x, (0, 0, 0, 0, 0, more_ins)), F.pad(weight, (0, 0, 0, 0, 0, more_ins, 0, more_outs))
+    return F.conv2d(x, weight, padding=padding)[:, :outs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,11 +6,10 @@ trainer/engine.py.
 
 import torch
 
-from trainer.compilation import compile_forward
+from trainer import compilation
 from trainer.config import Config
 from trainer.ema import ShardedEma
 from trainer.engine import device
-from trainer.model_keys import compiles
 from trainer.optimizer import MagnitudeAdam, whole_fragments
 
 
@@ -26,8 +25,8 @@ class Bare:
         one_pass = on_gpu or config.engine.compile == "true"
         ema = ShardedEma(fragments, config.ema.sigma_rel)
         self.optimizer = MagnitudeAdam(self.adam, fragments, ema, o.nonfinite, one_pass=one_pass)
-        if config.engine.compile == "true" or (config.engine.compile == "auto" and on_gpu and compiles(config.model)):
-            self.module.forward = compile_forward(self.module)
+        if compilation.wanted(config, on_gpu):
+            self.module.forward = compilation.compile_forward(self.module, config.engine.cuda_graphs)
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """Accumulate the gradient of one micro-batch's summed loss."""

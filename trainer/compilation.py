@@ -1,16 +1,64 @@
 """How a network's forward is compiled, by device; one place, so that the benchmark measures what the trainer runs."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from models import winograd
+from trainer.config import Config
+from trainer.model_keys import compiles
 
 
-def compile_forward(module: torch.nn.Module) -> Callable:
+def wanted(config: Config, on_gpu: bool) -> bool:
+    """Say whether the network of a run is compiled: where the config says so, and by itself on GPUs where that is one graph."""
+    if config.engine.compile != "auto":
+        return config.engine.compile == "true"
+    return on_gpu and compiles(config.model) and (config.engine.zero_stage < 3 or config.model.family == "edm2")
+
+
+def keep_cache(folder: Path, rank: int) -> None:
+    """Keep what compilers make in the run directory, by rank, so that a restart takes its first step soon; before any compilation.
+
+    A variable that the user has set is left as it is.
+    """
+    cache = folder / "compile_cache" / f"rank{rank:05d}"
+    for key, value in {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+    }.items():
+        os.environ.setdefault(key, value)
+
+
+def compile_forward(module: torch.nn.Module, cuda_graphs: bool = False) -> Callable:
     """Return the forward of `module`, one graph compiled for its device; on a CPU, 3x3 convolutions become Winograd's."""
-    if next(module.parameters()).device.type != "cpu":
-        return torch.compile(module.forward, fullgraph=True)
-    winograd.use_(module)
-    # the network has chosen each layer's memory format; Inductor would force channels_last on all of them on a CPU
-    return torch.compile(module.forward, fullgraph=True, options={"layout_optimization": False, "cpp_wrapper": True})
+    if next(module.parameters()).device.type == "cpu":
+        winograd.use_(module)
+        # the network has chosen each layer's memory format; Inductor would force channels_last on all of them on a CPU
+        return torch.compile(
+            module.forward, fullgraph=True, options={"layout_optimization": False, "cpp_wrapper": True}
+        )
+    if cuda_graphs:
+        return _captured(module)
+    return torch.compile(module.forward, fullgraph=True)
+
+
+def _captured(module: torch.nn.Module) -> Callable:
+    """Return the forward that replays CUDA graphs; nothing that a replay overwrites is left in anyone's hands."""
+    compiled = torch.compile(module.forward, fullgraph=True, mode="reduce-overhead")
+    for p in module.parameters():  # before DeepSpeed's own hooks see them, and before they are accumulated
+        p.register_hook(lambda gradient: gradient.clone())
+
+    def forward(*args, **kwargs):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = compiled(*args, **kwargs)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, found)
+
+    return forward
+
+
+def compile_function(function: Callable) -> Callable:
+    """Return `function` as one graph, for the shapes that it is called with."""
+    return torch.compile(function, fullgraph=True, dynamic=False)

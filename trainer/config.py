@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from trainer.groups import Config
-from trainer.model_keys import check_model
+from trainer.model_keys import check_model, compiles
 from trainer.noise_checks import check_noise
 from trainer.typed import build
 from trainer.typed import format_size as format_size  # the sizes are part of the config language
@@ -126,6 +126,11 @@ def check_engine(config: Config) -> None:
         }[e.zero_stage]
         raise ValueError(
             f"engine.weights=bf16 with engine.zero_stage={e.zero_stage}: {reason}; use engine.zero_stage=2, or engine.weights=fp32"
+        )
+    if e.cuda_graphs and (e.compile == "false" or e.zero_stage == 3 or not compiles(config.model)):
+        raise ValueError(
+            "engine.cuda_graphs=true: only a network compiled as one graph is captured, which engine.compile=false, "
+            "engine.zero_stage=3 and adaptive solvers rule out; set engine.cuda_graphs=false"
         )
     if e.compile == "true" and e.zero_stage == 3 and config.model.family != "edm2":
         raise ValueError(

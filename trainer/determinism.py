@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from trainer.compilation import keep_cache
+
 
 def fix_environment(folder: Path, rank: int) -> None:
     """Choose deterministic algorithms in torch, cuDNN, cuBLAS, NCCL and Inductor; keep what the compiler chooses in `folder`.
@@ -17,15 +19,12 @@ def fix_environment(folder: Path, rank: int) -> None:
     """
     if torch.cuda.is_initialized():
         raise RuntimeError("CUDA was started before engine.deterministic could take effect")
-    cache = folder / "compile_cache" / f"rank{rank:05d}"
+    keep_cache(folder, rank)
     for key, value in {
         # https://docs.nvidia.com/cuda/cublas/#results-reproducibility: eight buffers of 4 MiB per stream
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         # one algorithm, or NCCL picks ring, tree or NVLS by message size and what it measured: another order of the sums
         "NCCL_ALGO": "Ring",
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
-        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
     }.items():
         os.environ.setdefault(key, value)
     torch.backends.cudnn.benchmark = False  # it measures, and picks another algorithm on another day

@@ -17,11 +17,9 @@ import torch.distributed as dist
 from models import denoiser
 from models.edm2 import Block
 from models.magnitude import normalize_rows_
-from trainer import zero
-from trainer.compilation import compile_forward
+from trainer import compilation, zero
 from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
-from trainer.model_keys import compiles
 from trainer.optimizer import Fragment, MagnitudeAdam, row_length, whole_fragments
 from trainer.peers import meet
 
@@ -121,8 +119,7 @@ class Engine:
         self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite, replicas, one_pass)
         # DeepSpeed's own call, not the module's: it is what tells a ZeRO stage where a micro-batch begins
         self.denoiser = self._deepspeed
-        one_graph = compiles(config.model) and (config.engine.zero_stage < 3 or config.model.family == "edm2")
-        if config.engine.compile == "true" or config.engine.compile == "auto" and on_gpu() and one_graph:
+        if compilation.wanted(config, on_gpu()):
             self._compile()
 
     @property
@@ -147,7 +144,7 @@ class Engine:
             # they share one code object, of which torch would compile eight variants and no more
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(parts))
         for part in parts:
-            part.forward = compile_forward(part)
+            part.forward = compilation.compile_forward(part, self.config.engine.cuda_graphs)
 
     def _find_fragments(self, adam: torch.optim.Adam) -> list[Fragment]:
         if self.config.engine.zero_stage == 0:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.latents import whiten
+from data_pipeline.latents import constants_of, whiten
 from data_pipeline.manifest import check_fits
 from data_pipeline.stock import open_stock
 from data_pipeline.wds import open_source
-from trainer import draws
+from trainer import compilation, draws
 from trainer.config import Config
 from trainer.groups import Data
 from trainer.noise_levels import NoiseLevels
@@ -58,27 +58,56 @@ class Examples:
         self.manifest = self.source.manifest
         check_fits(self.manifest, config.data.codec, m.channels, m.resolution, m.label_dim)
         self.noise_levels = NoiseLevels(config, device)
+        self.constants = constants_of(self.manifest, device)
+        self.draw = self._draw
+        if device.type == "cuda" and compilation.wanted(config, True):
+            self.compile_draw()
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def at(self, positions: np.ndarray, upcoming: np.ndarray | None = None) -> Example:
         """Return the micro-batch at these positions; `upcoming` are read ahead in the background."""
         batch = self.source.batch(positions)
         if upcoming is not None:
             self.source.prefetch(upcoming)
-        where = batch.position.to(self.device, non_blocking=True)
-        stored = batch.stored.to(self.device, non_blocking=True)
-        posterior = None
-        if self.manifest.moments == "mean_std":
-            half = (stored.shape[1] // 2, *stored.shape[2:])
-            posterior = draws.normal(self.seed, "posterior", where, half)
-        latents = whiten(stored, self.manifest, posterior)
+        sigma = self.noise_levels.at(batch.position).float()
+        where, stored, labels, sigma = self._to_device(batch.position, batch.stored, batch.labels, sigma)
+        latents, noise = self.draw(stored, where)
         return Example(
             positions=where,
             latents=latents,
-            labels=batch.labels.to(self.device, non_blocking=True),
-            sigma=self.noise_levels.at(batch.position).float().to(self.device, non_blocking=True),
-            noise=draws.normal(self.seed, "noise", where, tuple(latents.shape[1:])),
+            labels=labels,
+            sigma=sigma,
+            noise=noise,
             label_uniform=draws.uniform(self.seed, "label dropout", where) if self.label_dropout else None,
         )
+
+    def compile_draw(self) -> None:
+        """Turn some 300 small kernels of integers into a few; on a CPU that gains nothing."""
+        torch.compiler.assume_constant_result(draws.stream_number)  # a checksum of a name: nothing for a graph
+        self.draw = compilation.compile_function(self._draw)
+
+    def _to_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Copy to the device: on a stream of its own, beside the computation of the micro-batch before."""
+        if self.copies is None:
+            return [t.to(self.device) for t in tensors]
+        with torch.cuda.stream(self.copies):
+            copied = [t.to(self.device, non_blocking=True) for t in tensors]
+        current = torch.cuda.current_stream()
+        current.wait_stream(self.copies)
+        for t in copied:
+            t.record_stream(
+                current
+            )  # its memory belongs to the other stream: not to be used again before this one is done
+        return copied
+
+    def _draw(self, stored: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Return latents, sampled from their posterior and whitened, and unit noise."""
+        posterior, shape = None, tuple(stored.shape[1:])
+        if self.manifest.moments == "mean_std":
+            shape = (shape[0] // 2, *shape[1:])
+            posterior = draws.normal(self.seed, "posterior", where, shape)
+        latents = whiten(stored, self.manifest, posterior, self.constants)
+        return latents, draws.normal(self.seed, "noise", where, shape)
 
     def dropout_mask(self, positions: Tensor):
         """Return mask(layer, shape) -> keep mask as a function of (seed, layer, position); None where nothing is dropped."""

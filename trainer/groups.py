@@ -217,6 +217,9 @@ class Engine:
     activations: str = one_of("fp32", "fp32", "bf16", "fp16")
     activation_checkpointing: bool = False
     compile: str = one_of("auto", "auto", "true", "false")  # auto: where there is a GPU
+    cuda_graphs: bool = (
+        False  # replay the compiled network as CUDA graphs: for micro-batches so small that launching takes longest
+    )
     overlap: bool = True  # reduce gradients while the backward goes on (GPUs)
     deterministic: bool = False  # the same bits in every repetition on the same GPUs; CPUs do so anyway
     hang_seconds: int = at_least(

@@ -12,12 +12,20 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainer import checkpoint, flops, origin, provenance
+from trainer import checkpoint, compilation, flops, origin, provenance
 from trainer.audit import Audit
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import Config, digest, to_dict
 from trainer.determinism import fix_environment
-from trainer.engine import COLLECTIVE_SECONDS, MEETING_SECONDS, Engine, build_denoiser, device, start_process_group
+from trainer.engine import (
+    COLLECTIVE_SECONDS,
+    MEETING_SECONDS,
+    Engine,
+    build_denoiser,
+    device,
+    on_gpu,
+    start_process_group,
+)
 from trainer.examples import Examples
 from trainer.loss import denoising_loss
 from trainer.meter import Meter
@@ -37,6 +45,8 @@ class Run:
         self.config, self.folder, self.stop = config, folder, stop
         if config.engine.deterministic:
             fix_environment(folder, int(os.environ.get("RANK", "0")))
+        if compilation.wanted(config, on_gpu()):
+            compilation.keep_cache(folder, int(os.environ.get("RANK", "0")))
         hang = config.engine.hang_seconds or MEETING_SECONDS
         # the watchdog speaks first: a collective's own timeout names nobody
         self.rank, self.world = start_process_group(

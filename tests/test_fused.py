@@ -1,0 +1,165 @@
+"""Every fused path is its plain twin on the CPU, on fresh inputs: compiled, recomputed, dropped out, captured, drawn, padded.
+
+What is marked gpu runs there (`pytest -m gpu`); the same laws on a CPU's own compiled paths are slow. Errors are relative, in norm.
+"""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.denoiser import build
+from models.magnitude import normalize_rows_, padded_conv2d
+from trainer import compilation, draws
+from trainer.loss import denoising_loss
+
+MODEL = {"resolution": 16, "channels": 4, "label_dim": 3, "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1,
+         "attn_resolutions": [8], "channels_per_head": 32, "logvar_channels": 8}  # fmt: skip
+BOUNDS = {"fp32": 1e-5, "bf16": 1e-2}
+WINOGRAD = 5e-5  # a network compiled for a CPU convolves by it: 1e-5 of the largest output for each layer
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
+CPU = pytest.param("cpu", marks=pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def network(device: str, activations="fp32", dropout=0.0, checkpointing=False):
+    torch.manual_seed(0)
+    net = build(MODEL | {"dropout": dropout}, activations, checkpointing).train()
+    normalize_rows_(net)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.shape == (1,):
+                p.fill_(0.3)
+    return net.to(device)
+
+
+def step(net, forward, device: str, seed: int, dropout=0.0):
+    """Return losses and gradients of a fresh batch, the same on every device."""
+    positions = torch.arange(4) + 1000 * seed
+    shape = (4, 16, 16)
+    x, noise = (draws.normal(seed, name, positions, shape) for name in ("data", "noise"))
+    sigma, labels = draws.uniform(seed, "sigma", positions) + 0.2, torch.tensor([0, 1, 2, -1])
+
+    def mask(layer, of):
+        return draws.uniform(seed, f"dropout {layer}", positions.to(device), tuple(of[1:])) >= dropout
+
+    x, noise, sigma, labels = (t.to(device) for t in (0.5 * x, noise, sigma, labels))
+    for p in net.parameters():
+        p.grad = None
+    losses, _ = denoising_loss(forward, x, labels, sigma, noise, dropout_mask=mask if dropout else None)
+    losses.sum().backward()
+    return losses, {n: p.grad for n, p in net.named_parameters()}
+
+
+WAYS = [("fp32", 0.0, False), ("fp32", 0.2, True), ("bf16", 0.0, False), ("bf16", 0.2, True)]
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize(("activations", "dropout", "checkpointing"), WAYS)
+def test_a_compiled_network_is_the_eager_one(device, activations, dropout, checkpointing):
+    fresh = time.time_ns() % 100_000  # told where it fails
+    plain, fused = network("cpu", activations, dropout), network(device, activations, dropout, checkpointing)
+    bound = max(BOUNDS[activations], WINOGRAD if device == "cpu" else 0)
+    compiled = compilation.compile_forward(fused)
+    for seed in (fresh, fresh + 1):
+        losses, gradients = step(plain, plain, "cpu", seed, dropout)
+        found, its_gradients = step(fused, compiled, device, seed, dropout)
+        assert error(found, losses) < bound, seed
+        for name, gradient in gradients.items():
+            # 16 bits leave the sums over pixels and samples more than an output
+            assert error(its_gradients[name], gradient) < (10 * bound if activations == "bf16" else bound), (seed, name)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(("ins", "outs"), [(5, 16), (16, 4), (5, 3), (8, 8)])
+def test_padded_channels_change_nothing(device, ins, outs):
+    for dtype in ("fp32", "bf16"):
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        leaves = [torch.randn(s, dtype=kind, requires_grad=True) for s in ((2, ins, 8, 8), (outs, ins, 3, 3))]
+        others = [t.detach().to(device).requires_grad_() for t in leaves]
+        expected, found = F.conv2d(*leaves, padding=1), padded_conv2d(*others, (1, 1))
+        assert found.shape == expected.shape and error(found, expected) < BOUNDS[dtype]
+        way = torch.randn_like(expected)
+        wanted = torch.autograd.grad(expected, leaves, way)
+        for mine, gradient in zip(torch.autograd.grad(found, others, way.to(device)), wanted, strict=True):
+            assert error(mine, gradient) < BOUNDS[dtype]
+
+
+def examples(folder, device: str):
+    from trainer.examples import Examples
+    from trainer.preset_benchmark import compose, write_samples
+
+    if not (folder / "data").exists():
+        write_samples(folder / "data", 32, (8, 16, 16))
+    config = compose("xxs", [f"data.path={folder}/data", "model.resolution=16"], 4, device == "cuda")
+    return Examples(config, torch.device(device))
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_one_compiled_draw_is_the_plain_one(device, tmp_path):
+    plain, fused = examples(tmp_path, "cpu"), examples(tmp_path, device)
+    fused.compile_draw()
+    for first in (time.time_ns() % 10**12, 3):
+        where = torch.arange(first, first + 4)
+        stored = torch.randn(4, 8, 16, 16).half()
+        for mine, expected in zip(
+            fused.draw(stored.to(device), where.to(device)), plain._draw(stored, where), strict=True
+        ):
+            assert float((mine.cpu() - expected).abs().max()) < 1e-5
+    for e in (plain, fused):
+        e.source.close()
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_examples_copied_on_their_own_stream_are_the_same(device, tmp_path):
+    """While the device is busy, so that a copy that nobody waits for would be seen."""
+    import numpy as np
+
+    plain, other = examples(tmp_path, "cpu"), examples(tmp_path, device)
+    work = torch.randn(2048, 2048, device=device)
+    for first in range(0, 80, 4):
+        where = np.arange(first, first + 4)
+        work = (work @ work).clamp(-1, 1)
+        mine, expected = other.at(where, where + 4), plain.at(where, where + 4)
+        for name in ("latents", "noise", "sigma", "labels"):
+            assert error(getattr(mine, name), getattr(expected, name)) < 1e-5, (first, name)
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_captured_graphs_leave_nothing_to_be_overwritten(device, checkpointing):
+    """Gradients of several micro-batches, accumulated, and outputs that are looked at later."""
+    plain, captured = network("cpu"), network(device, checkpointing=checkpointing)
+    forward = compilation.compile_forward(captured, cuda_graphs=True)
+    for seed in range(6):  # recorded first, then replayed
+        (losses, expected), (found, gradients) = step(plain, plain, "cpu", seed), step(captured, forward, device, seed)
+        kept, kept_gradients = found.clone(), {n: g.clone() for n, g in gradients.items()}
+        later, _ = step(captured, forward, device, seed + 100)
+        assert torch.equal(found, kept) and all(torch.equal(gradients[n], g) for n, g in kept_gradients.items())
+        assert error(kept, losses) < BOUNDS["fp32"] and not torch.equal(later, kept)
+        assert all(error(g, expected[n]) < BOUNDS["fp32"] for n, g in kept_gradients.items())
+
+
+def test_the_compile_cache_lies_in_the_run_directory(tmp_path, monkeypatch):
+    for key in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_FX_GRAPH_CACHE"):
+        monkeypatch.delenv(key, raising=False)
+    compilation.keep_cache(tmp_path, 3)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compile_cache" / "rank00003" / "inductor")
+    compilation.keep_cache(tmp_path / "other", 4)
+    assert os.environ["TRITON_CACHE_DIR"].startswith(str(tmp_path / "compile_cache")), "what is set stays"
+    for key in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_FX_GRAPH_CACHE"):
+        monkeypatch.delenv(key)
