@@ -204,6 +204,13 @@ def rows(found: list[tuple[Cell, dict]]) -> list[dict]:
     return result
 
 
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {text}: must be numbers such as 0,1,2") from None
+
+
 def main(argv=None) -> int:
     """Train, measure and tabulate an experiment; goes on where it was stopped."""
     parser = argparse.ArgumentParser(prog="python -m trainer.experiments", description=main.__doc__)
@@ -211,12 +218,15 @@ def main(argv=None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, of all arms; with them give another --runs folder")
     parser.add_argument("--data", type=Path, help="dataset folder instead of the digits")
     parser.add_argument("--seeds", help="for instance 0,1,2; default: the experiment's")
+    parser.add_argument("--baseline", help="arm that the others are compared with; default: the experiment's")
     parser.add_argument("--runs", type=Path, default=config.ROOT / "runs" / "experiments", help="default %(default)s")
     parser.add_argument("--out", type=Path, help="folder of NAME.csv, NAME.md, NAME.png (default: that of the runs)")
     options = parser.parse_intermixed_args(argv)  # overrides may follow options
     try:
         name, experiment = Path(options.experiment).stem, read(options.experiment)
-        seeds = [int(s) for s in options.seeds.split(",")] if options.seeds else experiment.seeds
+        if options.baseline and options.baseline not in experiment.arms:
+            raise ValueError(f"--baseline {options.baseline}: is no arm; they are {', '.join(experiment.arms)}")
+        seeds = _seeds(options.seeds) if options.seeds else experiment.seeds
         runs = options.runs / (experiment.cells_of or name)
         every = cells(experiment, runs, options.data, seeds, options.overrides)
         encode_once(every[0].config.data)
@@ -231,7 +241,9 @@ def main(argv=None) -> int:
             found.append((cell, measure(cell, experiment.evaluate)))
         from trainer import experiment_report
 
-        made = experiment_report.write(options.out or runs, name, rows(found), experiment.baseline, experiment.plot)
+        made = experiment_report.write(
+            options.out or runs, name, rows(found), options.baseline or experiment.baseline, experiment.plot
+        )
         print("\n".join(made))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
