@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.monitoring import dashboards, targets
+from cluster.monitoring import dashboards, picture, targets
 from cluster.monitoring.panels import BOARDS
 from data_pipeline import encode
 from tests.gloo import ROOT, Ranks
@@ -277,6 +277,30 @@ def test_every_panel_has_data_and_its_legends_labels_exist(watched):
                     named = {word.split("}}")[0] for word in legend.split("{{")[1:]}
                     assert named <= set(one["metric"]), f"{board.title}, {panel.title}: {legend} for {one['metric']}"
     assert shown > 60
+
+
+@needs_prometheus
+@pytest.mark.slow
+def test_a_dashboard_is_drawn_without_grafana(watched, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    prometheus, started, run, _ = watched
+    words = ["--prometheus", f"http://{prometheus.address}", "--minutes", str((time.time() - started) / 60)]
+    for board in BOARDS:
+        assert picture.main([board.uid, "--out", str(tmp_path / f"{board.uid}.png"), "--run", run.name, *words]) == 0
+        drawn = int(capsys.readouterr().out.split()[-2])
+        assert (
+            drawn >= sum(not panel.needs for panel in board.panels)
+            and (tmp_path / f"{board.uid}.png").stat().st_size < 200_000
+        )
+    assert picture.main(["evenkeel-run", "--out", str(tmp_path / "none.png"), "--run", "nobody", *words]) == 2
+    assert "no data" in capsys.readouterr().err and not (tmp_path / "none.png").exists()
+
+
+def test_a_prometheus_that_does_not_answer_is_one_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert picture.main(["evenkeel-run", "--out", str(tmp_path / "a.png"), "--prometheus", "http://127.0.0.1:9"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --prometheus http://127.0.0.1:9: ") and error.count("\n") == 1
 
 
 @needs_prometheus
