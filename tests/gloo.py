@@ -1,8 +1,10 @@
 """Real gloo ranks for tests: `on_ranks(2, function, *args)` calls a function on each, `Ranks` runs the trainer.
 
-The function lives at the top level of a test module and is called in a fresh process with the rank variables set.
+The function lives at the top level of a test module and is called in a process of its own with the rank variables set: forked from
+a server that has the heavy libraries loaded, since importing them takes a rank five seconds of CPU time.
 """
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -12,9 +14,14 @@ import sys
 import tempfile
 import time
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# the last two are imported by the first engine otherwise: nine tenths of what it takes
+LIBRARIES = ["torch", "safetensors.torch", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
+
+QUIET = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def on_ranks(world: int, function, *args, timeout_seconds: float = 180) -> list:
@@ -22,11 +29,13 @@ def on_ranks(world: int, function, *args, timeout_seconds: float = 180) -> list:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = _server()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(r) for r in range(world)]
+        shared = {**os.environ, **QUIET, "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
+        variables = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
         processes = [
-            context.Process(target=_rank, args=(r, world, port, files[r], function, args)) for r in range(world)
+            context.Process(target=_rank, args=(*own, function, args)) for own in zip(variables, files, strict=True)
         ]
         for p in processes:
             p.start()
@@ -49,17 +58,25 @@ def on_ranks(world: int, function, *args, timeout_seconds: float = 180) -> list:
     return [value for _, value in results]
 
 
-def _rank(rank: int, world: int, port: int, file: Path, function, args) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
-    )
+@functools.cache
+def _server():
+    """Return the context whose processes are forked from a server with LIBRARIES loaded, one per test session."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    before = {key: os.environ.get(key) for key in QUIET}
+    os.environ.update(QUIET)  # the libraries read some of it as they are imported
+    forkserver.ensure_running()
+    for key, value in before.items():
+        if value is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = value
+    return context
+
+
+def _rank(environment: dict[str, str], file: Path, function, args) -> None:
+    os.environ.clear()  # the server's is that of the first test
+    os.environ.update(environment)
     import torch
 
     torch.set_num_threads(1)
@@ -67,7 +84,7 @@ def _rank(rank: int, world: int, port: int, file: Path, function, args) -> None:
     try:
         result = (True, function(*args))
     except BaseException:
-        result, status = (False, f"rank {rank}:\n{traceback.format_exc()}"), 1
+        result, status = (False, f"rank {environment['RANK']}:\n{traceback.format_exc()}"), 1
     beside = file.with_suffix(".writing")
     beside.write_bytes(pickle.dumps(result))
     beside.rename(file)
