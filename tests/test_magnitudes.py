@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.gloo import on_ranks
-from tests.test_engine import BATCH, build, config_of, losses_of, rate
+from tests.test_engine import BATCH, build, config_of, inputs, losses_of, rate
 from trainer import magnitudes
 
 
@@ -89,3 +89,35 @@ def test_what_is_collected_goes_into_the_papers_buckets():
     assert magnitudes.by_bucket(values) == {("Enc", 64): [1.0, 3.0]}
     assert magnitudes.by_bucket(values, "clipped") == {("Enc", 64): [0.5]}
     assert magnitudes.by_bucket(values, "attn_logit_max") == {("Dec", 8): [7.0]}
+
+
+def collected(stage: int, compiled: bool) -> tuple[dict, int]:
+    """Return the activation magnitudes of a training step in which they are collected, and the gradient's norm."""
+    import functools
+
+    import torch
+
+    from trainer.engine import Engine, start_process_group
+    from trainer.loss import denoising_loss
+
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # the same graphs, without the C++ compiler
+    rank, world = start_process_group()
+    config = config_of(engine__zero_stage=stage, engine__compile=str(compiled).lower(), micro_batch=BATCH // world)
+    engine = Engine(config, build(config))
+    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    x, labels, sigma, noise = (t[part] for t in inputs(0))
+    losses, parts = denoising_loss(engine.denoiser, x, labels, sigma, noise, collect=True)
+    engine.backward(losses.sum())
+    engine.step(rate(1), BATCH)
+    found = magnitudes.reduce_collected(parts.magnitudes, world), float(engine.optimizer.gradient_norm)
+    engine.close()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, compiled", [(1, True), (3, True)])
+def test_activations_are_the_same_compiled_and_partitioned(stage, compiled):
+    plain, plain_norm = on_ranks(2, collected, 0, False)[0]
+    assert len(plain) > 10 and {b[0] for b in magnitudes.by_bucket(plain)} == {"Enc", "Dec"}
+    for found, norm in on_ranks(2, collected, stage, compiled, timeout_seconds=540):
+        assert found == pytest.approx(plain, rel=1e-4) and norm == pytest.approx(plain_norm, rel=1e-3)

@@ -1,6 +1,7 @@
 """A real run on two ranks exports what the table says, no more and no less, and goes on counting after a resume."""
 
 import json
+import signal
 import threading
 import time
 import urllib.request
@@ -181,3 +182,30 @@ def test_counters_go_on_after_a_resume_on_another_number_of_ranks(first, data):
     assert after[-1]["evenkeel_snapshots_written_total"] >= before["evenkeel_snapshots_written_total"] > 0
     assert (after[0]["attempt"], after[0]["evenkeel_attempt"], after[0]["evenkeel_restarts_total"]) == (2, 2, 1)
     assert after[0]["evenkeel_samples_read_total"] > before["evenkeel_samples_read_total"]
+
+
+@pytest.mark.slow
+def test_a_rank_in_a_collective_that_hangs_still_answers_and_shows_since_when(data, tmp_path):
+    run = tmp_path / "run"
+    words = [f"run={run}", f"data.path={data}", "cluster.ranks_per_node=2", "duration_images=64Ki"]
+    ranks = Ranks(
+        2, run / "logs", str(ROOT / "configs/quickstart.yaml"), *OVERRIDES[:4], "metrics.every_images=64", *words
+    )
+    try:
+        end = time.monotonic() + 120
+        while not (run / "metrics.jsonl").is_file() or len(lines(run)) < 3:
+            assert time.monotonic() < end and all(p.poll() is None for p in ranks.processes), ranks.output()
+            time.sleep(0.1)
+        ranks.processes[1].send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        target = json.loads((run / "targets/rank00000.json").read_text())[0]["targets"][0]
+        told = []
+        for _ in range(2):
+            text = urllib.request.urlopen(f"http://{target}/metrics", timeout=5).read().decode()
+            samples = {s.name: s.value for f in text_string_to_metric_families(text) for s in f.samples if not s.labels}
+            told.append((samples["evenkeel_rank_clock_images"], samples["evenkeel_last_step_timestamp_seconds"]))
+            time.sleep(1)
+        assert told[0] == told[1] and told[0][0] > 0 and 2 < time.time() - told[0][1] < 60
+        assert all(p.poll() is None for p in ranks.processes)
+    finally:
+        ranks.kill()

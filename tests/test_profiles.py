@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from trainer import profiles
+from trainer import hardware, profiles
 from trainer.groups import Metrics as MetricsGroup
 from trainer.profiles import Profiles
 from trainer.trackers import open_trackers
@@ -54,3 +54,8 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match=r"metrics.wandb=mine: .* pip install wandb"):
         open_trackers(tmp_path, MetricsGroup(wandb="mine"), 0, {})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_or_its_library_nothing_is_said_of_it():
+    assert hardware.gpu_load(torch.device("cpu")) == {} and hardware.gpu_load(torch.device("cuda", 0)) == {}
