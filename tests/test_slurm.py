@@ -128,7 +128,7 @@ def test_a_node_goes_down(machine, root):
 
 
 def test_scancel_is_final(machine, root):
-    job_id = submit(machine, root, behave={"step_seconds": 0.1, "save_seconds": 1})
+    job_id = submit(machine, root, behave={"step_seconds": 0.5, "save_seconds": 1})
     running_past(machine, root, 60)
     machine.call("scancel", job_id)
     assert ended(machine, job_id) == "CANCELLED"
@@ -136,7 +136,7 @@ def test_scancel_is_final(machine, root):
 
 
 def test_cancel_saves_and_the_run_can_go_on_elsewhere(machine, root):
-    job_id = submit(machine, root, behave={"step_seconds": 0.1, "save_seconds": 1})
+    job_id = submit(machine, root, behave={"step_seconds": 0.5, "save_seconds": 1})
     running_past(machine, root, 60)
     twice = run_command(machine, root, "cluster/submit.py", "runs/small")
     assert twice.returncode == 2 and f"Slurm job {job_id} is RUNNING" in twice.stderr and twice.stderr.count("\n") == 1
