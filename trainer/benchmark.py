@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.magnitude import MPConv, normalize
-from trainer import flops, optimizer_benchmark, preset_benchmark
+from trainer import flops, optimizer_benchmark, preset_benchmark, sampling_benchmark
 from trainer.compilation import compile_forward
 from trainer.config import ROOT, to_dict
 from trainer.ema import ShardedEma
@@ -216,12 +216,39 @@ def _print_optimizer(steps: int, as_json: bool) -> int:
     return 0
 
 
+def _print_sampling(options: argparse.Namespace) -> int:
+    """Print the speed of sampling; --compiled is for GPUs, or for those who wait."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or look at nvidia-smi")
+        if options.batch < 1 or options.steps < 1:
+            raise ValueError(f"--batch {options.batch} --steps {options.steps}: both must be at least 1")
+        rows = []
+        for preset in options.preset.split(",") if options.preset else [None]:
+            for compiled in (False, True) if options.compiled else (False,):
+                repeats = min(options.steps, 3)
+                rows += sampling_benchmark.measure(preset, options.batch, 32, device, compiled, repeats)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps({"sampling": rows, "torch": torch.__version__, "device": device}))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(sampling_benchmark.table(rows, device))
+    return 0
+
+
 def add_preset_options(parser: argparse.ArgumentParser) -> None:
     """Add what `--preset` goes with (trainer/preset_benchmark.py)."""
     parser.add_argument("--preset", help="comma list of xxs, xs, s, m, l, xl, xxl: their speed on this device instead")
     parser.add_argument("--micro-batch", default="auto", help="images, or auto: the fastest power of 2 that fits")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--loop", choices=("deepspeed", "bare"), help="default: deepspeed where it is installed")
+    parser.add_argument("--batch", type=int, default=16, help="with --table sampling: images at once")
+    parser.add_argument(
+        "--compiled", action="store_true", help="with --table sampling: compiled too, which takes minutes"
+    )
     parser.add_argument("--profile", metavar="FOLDER", help="write a trace of one step per measurement there")
     parser.add_argument("overrides", nargs="*", help="key=value, with --preset: for instance engine.activations=bf16")
 
@@ -230,12 +257,14 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m trainer.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--way", default=",".join(WAYS), help=f"comma list of {', '.join(WAYS)}")
-    parser.add_argument("--table", choices=("step", "optimizer"), default="step")
+    parser.add_argument("--table", choices=("step", "optimizer", "sampling"), default="step")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     add_preset_options(parser)
     options = parser.parse_intermixed_args(argv)
+    if options.table == "sampling":
+        return _print_sampling(options)
     if options.preset:
         return preset_benchmark.run(options)
     if options.overrides:

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from data_pipeline import codecs, latents
 from data_pipeline.progress import Progress
 from models import sampler
 from trainer import draws, trained_range
+from trainer.compilation import compile_forward
 from trainer.snapshots import abandoned, list_snapshots, load_denoiser, read_header
 from trainer.state import write_atomically
 
@@ -60,7 +62,7 @@ class Drawing:
         self.codec_weights = codec_weights
         self.shape = (header["model"]["channels"], header["model"]["resolution"], header["model"]["resolution"])
         self.label_dim = header["model"]["label_dim"]
-        self.header, self.warned = header, False
+        self.header, self.warned, self.compiled = header, False, False
         if settings.levels:
             self.sigmas = sampler.from_levels(settings.levels, settings.steps)
         else:
@@ -81,6 +83,13 @@ class Drawing:
         other = copy.copy(self)
         other.sigmas, other.settings = sigmas, settings or self.settings
         return other
+
+    def compile(self) -> None:
+        """Compile network and guide: pays for hundreds of images. Batches are then of one size, filled up by repetition."""
+        for network in (self.network, self.guide):
+            if network is not None and "forward" not in vars(network):
+                network.forward = compile_forward(network)
+        self.compiled = True
 
     @functools.cached_property
     def codec(self):
@@ -127,7 +136,8 @@ class Drawing:
         with Progress("drawing", len(positions), "images") as progress:
             for start in range(0, len(positions), batch):
                 part = list(positions[start : start + batch])
-                yield part, self.latents(torch.tensor(part))
+                filled = part + part[-1:] * (batch - len(part)) if self.compiled else part
+                yield part, self.latents(torch.tensor(filled))[: len(part)]
                 progress.advance(len(part))
 
 
@@ -213,11 +223,21 @@ def write_folder(
 
     # shared out before looking: ranks look at different times
     missing = [p for p in positions[part[0] :: part[1]] if not file(p).exists()]
-    for where, x in drawing.batches(missing, batch):
+
+    def write(where: list[int], x: Tensor) -> None:
         pictures = drawing.decode(x).permute(0, 2, 3, 1).numpy()
         for position, picture in zip(where, pictures, strict=True):
             image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
             write_atomically(file(position), png_bytes(image))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="evenkeel-decode") as beside:  # while the next batch is drawn
+        written = None
+        for where, x in drawing.batches(missing, batch):
+            if written is not None:
+                written.result()  # one batch behind, no more: they hold memory
+            written = beside.submit(write, where, x)
+        if written is not None:
+            written.result()
     return len(missing)
 
 
@@ -251,6 +271,9 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec-weights", type=Path, help="of the codec that the snapshot names, where it has some")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--activations", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument(
+        "--compile", action="store_true", help="the network: takes a minute or more, pays for hundreds of images"
+    )
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -319,7 +342,10 @@ def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) ->
     if not settings.trained_range:
         del origin["trained_range"]  # folders of pictures that were begun before it existed go on
     origin["interval"] = [str(v) for v in settings.interval]  # JSON has no infinity
-    return Drawing(network, header, settings, guide, options.device, options.codec_weights), origin
+    drawing = Drawing(network, header, settings, guide, options.device, options.codec_weights)
+    if options.compile:
+        drawing.compile()
+    return drawing, origin
 
 
 def _identity(header: dict) -> dict:

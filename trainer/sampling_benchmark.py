@@ -1,0 +1,84 @@
+"""Speed of sampling: `python -m trainer.benchmark --table sampling [--preset xs] [--batch 32] [--device cuda]`.
+
+Latents by deterministic Heun on EDM's grid, 63 evaluations for 32 steps, weights normalised once; decoding is not in it. Without
+guidance, guided by a network of half the channels, and by the same network without labels. Without a preset: a small network.
+"""
+
+import time
+
+import torch
+from rich.table import Table
+
+from models.denoiser import build
+from models.magnitude import use_weights_
+from trainer import flops
+from trainer.config import to_dict
+from trainer.generate import Drawing, Settings
+from trainer.peaks import peak_flops
+from trainer.preset_benchmark import compose
+from trainer.roofline import synchronize
+
+SMALL = {"resolution": 16, "channels": 4, "label_dim": 10, "model_channels": 32, "channel_mult": [1, 2, 2], "num_blocks": 1,
+         "attn_resolutions": [8], "channels_per_head": 32}  # fmt: skip
+GUIDES = {"none": None, "half the channels": "half", "itself without labels": "self"}
+# Karras et al. 2024 (arXiv 2312.02696): images/s of one A100 in sampling ImageNet-512, decoder included: without guidance, guided
+PUBLISHED = {"xs": (8.9, 6.0), "s": (6.4, 4.7), "m": (4.8, 3.8), "l": (3.7, 3.0), "xl": (2.9, 2.5), "xxl": (2.3, 2.0)}
+FASTER = 2.0  # the goal: as often the published rate, scaled by the devices' peaks
+
+
+def measure(preset: str | None, batch: int, steps: int, device: str, compiled: bool, repeats: int) -> list[dict]:
+    """Return images/s of each way to guide, the best of `repeats`."""
+    config = compose(preset, [], 1, device == "cuda") if preset else None
+    model, activations = (to_dict(config)["model"], config.engine.activations) if preset else (SMALL, "fp32")
+    smaller = model | {"model_channels": model["model_channels"] // 2}
+    main, half = (_network(m, activations, device) for m in (model, smaller))
+    header = {"model": model, "data": {}}
+    rows, cost = [], {kind: flops.count(m).forward_flops for kind, m in (("self", model), ("half", smaller))}
+    for name, kind in GUIDES.items():
+        settings = Settings(steps=steps, guidance=1.0 if kind is None else 1.5)
+        drawing = Drawing(main, header, settings, half if kind == "half" else None, device)
+        if compiled:
+            drawing.compile()
+        seconds = []
+        for repeat in range(repeats + 1):
+            synchronize(torch.device(device))
+            started = time.perf_counter()
+            drawing.latents(torch.arange(batch) + batch * repeat)
+            synchronize(torch.device(device))
+            seconds.append(time.perf_counter() - started)
+        row = {"preset": preset or "small", "guide": name, "batch": batch, "steps": steps, "compiled": compiled}
+        forwards = (2 * steps - 1) * (cost["self"] + cost.get(kind, 0))
+        rate = batch / min(seconds[1:])
+        row |= {"images_per_second": rate, "flops_per_second": rate * forwards, "goal_images_per_second": None}
+        if preset in PUBLISHED and device == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(), activations)
+            published = PUBLISHED[preset][kind is not None]
+            row["goal_images_per_second"] = (
+                FASTER * published * peak[1] / peak_flops("A100", "fp16")[1] if peak else None
+            )
+        rows.append(row)
+    return rows
+
+
+def _network(model: dict, activations: str, device: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    network = build(model, activations).eval().requires_grad_(False)
+    use_weights_(network)
+    for p in network.parameters():
+        if p.shape == (1,):
+            p.fill_(0.3)  # gains are 0 at the start, and zeros would make the work easier than it is
+    return network.to(device)
+
+
+def table(rows: list[dict], device: str) -> Table:
+    """Lay the rates out."""
+    goal = f"goal: {FASTER:g}x the published rate of an A100 (decoder included), scaled by the devices' peaks"
+    caption = f"{goal}; torch {torch.__version__}"
+    out = Table(title=f"sampling, Heun, {rows[0]['steps']} steps, {device}, latents only", caption=caption)
+    for column in ("network", "guide", "compiled", "batch", "images/s", "TFLOP/s", "goal, images/s"):
+        out.add_column(column, justify="left" if column in ("network", "guide") else "right")
+    for r in rows:
+        goal = f"{r['goal_images_per_second']:.1f}" if r["goal_images_per_second"] else ""
+        out.add_row(r["preset"], r["guide"], str(r["compiled"]).lower(), str(r["batch"]), f"{r['images_per_second']:.4g}",
+                    f"{r['flops_per_second'] / 1e12:.4g}", goal)  # fmt: skip
+    return out
