@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline import adopt, wds
 from tests.gloo import ROOT, Ranks
-from tests.test_resume import BATCH, OVERRIDES, data  # noqa: F401
+from tests.test_resume import BATCH, OVERRIDES, data, wait_for_clock  # noqa: F401
 from trainer import checkpoint, replay, run_log
 
 SMALL = [*OVERRIDES[1:], f"duration_images={10 * BATCH}", "snapshots.every_images=0"]  # checkpoints at 256, 512, 640
@@ -127,6 +128,24 @@ def test_a_flipped_bit_before_the_steps_shows_in_what_was_logged_after_it(run):
     flip(earlier, f"master/{weight_of(earlier, 0)}", 21)
     status, said = replayed(run, "--at", 320, world=2)
     assert status == 1 and re.search(r"at 320: \d+ of \d+ logged values differ", said), said
+
+
+@pytest.mark.slow
+def test_steps_around_a_restart_agree_too(data, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    words = [*SMALL, f"run={run}", f"data.path={data}", "cluster.ranks_per_node=1", "metrics.every_images=128"]
+    ranks = Ranks(1, tmp_path / "logs", str(ROOT / "configs/quickstart.yaml"), *words)
+    wait_for_clock(run, 256, ranks)
+    ranks.processes[0].send_signal(signal.SIGTERM)
+    assert ranks.wait() == [75], ranks.output()
+    ranks = Ranks(1, tmp_path / "logs", str(ROOT / "configs/quickstart.yaml"), *words)
+    assert ranks.wait() == [0], ranks.output()
+    assert {line["attempt"] for line in run_log.lineage(run_log.read(run))} == {1, 2}
+    for folder in checkpoint.list_checkpoints(run)[:-1]:  # so that the steps of both starts are done again
+        shutil.rmtree(folder)
+    status, said = replayed(run, "--at", 640)
+    assert status == 0 and "from the beginning to 640" in said and "all the same" in said, said
+    assert len(re.findall("agree, compared bit by bit", said)) == 6, said
 
 
 @pytest.mark.slow

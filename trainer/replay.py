@@ -45,7 +45,6 @@ class Replay(Run):
         self.findings = 0
         self.until = self._end(through)
         manifest = self._manifest(self.base)
-        self.base_life = manifest["life"] if manifest else 0
         where = f"from the checkpoint at {self.base}" if self.base else "from the beginning"
         self.say(f"{original}: {where} to {self.until} images on {self.world} ranks")
         self._say_what_is_not_the_same(manifest)
@@ -174,9 +173,10 @@ class Replay(Run):
         if self.rank != 0 or not found:
             return
         line, before = self.lines[found[0]], self.lines[found[0] - 1] if found[0] else {"attempt": 0}
+        # sums since the last publication are comparable where both began at the same clock; a start's first began at its checkpoint
         same_start = before["attempt"] == line["attempt"]
-        # sums since the last publication are comparable where both began at the same clock
-        window = before["evenkeel_images_seen"] == begun if same_start else line["attempt"] != self.base_life
+        from_there = before["evenkeel_images_seen"] if same_start else line.get("evenkeel_checkpoint_clock_images")
+        window = from_there == begun
         exact = self._exact(run_log.world(line), self.config.engine.zero_stage)
         names = (comparison.SINCE_PUBLICATION if window else ()) + (comparison.OF_A_MICRO_BATCH if exact else ())
         names += comparison.OF_THE_STEP

@@ -23,18 +23,18 @@ def read_evaluations(run: Path) -> list[dict]:
 
 
 def _objects(path: Path) -> list[dict]:
+    found: list[dict] = []
     try:
-        text = path.read_text(errors="replace")
+        with open(path, errors="replace") as lines:
+            for line in lines:
+                try:
+                    one = json.loads(line)
+                except ValueError:  # cut off when its writer was killed
+                    continue
+                if isinstance(one, dict):
+                    found.append(one)
     except FileNotFoundError:
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
-            one = json.loads(line)
-        except ValueError:  # cut off when its writer was killed
-            continue
-        if isinstance(one, dict):
-            found.append(one)
+        pass
     return found
 
 
