@@ -59,6 +59,17 @@ def test_the_log_has_the_same_names_and_each_line_its_attempt(ranks, tmp_path):
     }
 
 
+def test_a_series_without_a_value_is_neither_served_nor_logged(ranks, tmp_path):
+    for logsnr in ("0", "9"):
+        ranks[0].set("evenkeel_loss_by_logsnr", 0.5, logsnr=logsnr)
+    ranks[0].forget("evenkeel_loss_by_logsnr", logsnr="9")
+    ranks[0].forget("evenkeel_loss_by_logsnr", logsnr="8")  # never had one
+    ranks[1].forget("evenkeel_loss_by_logsnr", logsnr="9")  # not this rank's
+    ranks[0].publish(0)
+    assert [s.labels for s in scrape(ranks[0])["evenkeel_loss_by_logsnr"].samples] == [{"logsnr": "0"}]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["evenkeel_loss_by_logsnr"] == {"logsnr=0": 0.5}
+
+
 def test_targets_are_announced_on_free_ports_and_withdrawn(tmp_path):
     both = [Metrics(tmp_path, rank, attempt=1, address="127.0.0.1", port=0) for rank in (0, 1)]
     files = sorted((tmp_path / "targets").glob("*.json"))

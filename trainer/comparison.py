@@ -62,7 +62,7 @@ def values(logged: dict, here: dict, names: tuple[str, ...], exact: bool) -> tup
         if name not in logged:  # an older version's line
             continue
         series, mine = ({"": v} if not isinstance(v, dict) else v for v in (logged[name], here.get(name, {})))
-        if name.endswith("_by_logsnr"):  # a bin without a sample since the last publication still shows an older value
+        if name.endswith("_by_logsnr"):  # in lines of earlier versions a bin without a sample shows an older value
             shares = logged.get("evenkeel_samples_by_logsnr_ratio", {})
             series = {key: value for key, value in series.items() if shares.get(key)}
             mine = {key: value for key, value in mine.items() if shares.get(key)}

@@ -175,9 +175,11 @@ class Meter:
     def _put_bins(self, bins: BinMeans) -> None:
         for centre, n, loss, logvar in zip(CENTRES, bins.count, bins.loss, bins.logvar, strict=True):
             self.metrics.set("evenkeel_samples_by_logsnr_ratio", n / max(1, sum(bins.count)), logsnr=str(centre))
-            if n:
-                self.metrics.set("evenkeel_loss_by_logsnr", loss, logsnr=str(centre))
-                self.metrics.set("evenkeel_uncertainty_by_logsnr", logvar, logsnr=str(centre))
+            for name, value in (("evenkeel_loss_by_logsnr", loss), ("evenkeel_uncertainty_by_logsnr", logvar)):
+                if n:
+                    self.metrics.set(name, value, logsnr=str(centre))
+                else:
+                    self.metrics.forget(name, logsnr=str(centre))
 
     def _put_magnitudes(self) -> None:
         put = self.metrics.set

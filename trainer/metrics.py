@@ -58,6 +58,12 @@ class Metrics:
             child.set(value)
         values[key] = value
 
+    def forget(self, name: str, **labels: str) -> None:
+        """Stop to show a series that has no value any more, if it had one: an old one would pass for today's."""
+        key = ",".join(f"{k}={v}" for k, v in labels.items())
+        if self._line.get(name, {}).pop(key, None) is not None:
+            self._collectors[name].remove(*(labels[k] for k in BY_NAME[name].labels))
+
     def count(self, name: str, since_start: float) -> None:
         """Set a counter to what was counted in this start of the run, on top of what earlier starts have counted."""
         self._counted[name] = self._carried.get(name, 0) + since_start

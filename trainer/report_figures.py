@@ -167,7 +167,9 @@ def loss_by_logsnr(axis, subject: Subject) -> bool:
     chosen = [lines[round(i * (len(lines) - 1) / (CURVES - 1))] for i in range(CURVES)] if lines else []
     chosen = list({line["evenkeel_images_seen"]: line for line in chosen}.values())
     for i, line in enumerate(chosen):
-        shares = line.get("evenkeel_samples_by_logsnr_ratio", {})  # a bin without a sample still shows an older value
+        shares = line.get(
+            "evenkeel_samples_by_logsnr_ratio", {}
+        )  # in earlier versions an empty bin showed an older value
         found = {k: v for k, v in line["evenkeel_loss_by_logsnr"].items() if shares.get(k, 1.0)}
         points = {float(run_log.labels(k)["logsnr"]): run_log.number(v) for k, v in found.items()}
         colour = canvas().cm.viridis(0.9 * i / max(1, len(chosen) - 1))
