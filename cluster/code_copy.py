@@ -23,12 +23,20 @@ def copy_code(root: Path, target: Path) -> dict:
     shutil.rmtree(temporary, ignore_errors=True)
     for name in record.pop("files"):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root / name, temporary / name)
+        _copy(root / name, temporary / name)
     (temporary / "UNCOMMITTED.diff").write_bytes(record.pop("diff"))
     (temporary / "COMMIT.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
     return record
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file with the permissions that a new one gets here: others of a group may read a run, if not its author's checkout."""
+    shutil.copyfile(source, target)
+    if os.access(source, os.X_OK):
+        mode = target.stat().st_mode
+        target.chmod(mode | (mode & 0o444) >> 2)
 
 
 def describe(root: Path) -> dict:

@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"{shown(job)} is of another folder, {earlier}; delete it, or give the new one another name"
             )
+        run_directory.heed_umask(c)
         job.mkdir(parents=True, exist_ok=True)
         lock = run_directory.hold(job)  # until this process ends
         assert lock >= 0

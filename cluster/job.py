@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cluster import ranks, snapshot_follower
 from cluster.endings import FINISHED, INTERRUPTED, KILLED, START_AGAIN, asked_status, control_folder, translate
-from cluster.run_directory import is_alive, read_json, write_atomically
+from cluster.run_directory import heed_umask, is_alive, read_json, write_atomically
 from trainer.config import load
 
 POLL_SECONDS = 0.1
@@ -45,8 +45,7 @@ class Task:
     def __init__(self, plan: dict):
         self.plan, self.place, self.config = plan, ranks.place(), load(Path(plan["run"]) / "config.yaml")
         self.run, self.local = Path(plan["run"]), self.place.kind == "local"
-        if self.config.cluster.umask:
-            os.umask(int(self.config.cluster.umask, 8))
+        heed_umask(self.config.cluster)
         self.attempt = plan["attempt"] + self.place.restarts
         self.control = control_folder(self.run, self.attempt)
         self.log = self.run / "logs" / f"{self.attempt:04d}_rank{self.place.rank}.log"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cluster.code_copy import copy_code
 from trainer.config import Config, dump, load, to_dict
+from trainer.groups import Cluster
 
 PLACEMENT = ("cluster.", "metrics.", "data.path", "data.encode_from", "data.stage", "data.cache_", "run")
 
@@ -32,6 +33,12 @@ def absolute(config: Config, root: Path) -> Config:
 
 def _absolute(path: str, root: Path) -> str:
     return path if "://" in path else os.path.normpath(root / os.path.expanduser(path))
+
+
+def heed_umask(cluster: Cluster) -> None:
+    """Have this process make its files, from now on, with the permissions that the config asks for."""
+    if cluster.umask:
+        os.umask(int(cluster.umask, 8))
 
 
 def prepare(config: Config, root: Path) -> list[str]:

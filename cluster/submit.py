@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n# what it will need\n" + "\n".join([*forecast.forecast(config), *communication.lines(config)]))
             print("\n".join(warnings))
             return 0
+        run_directory.heed_umask(config.cluster)
         return submit(config, arguments.fork, warnings, after)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -123,6 +124,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         print("\n".join([*points.plan(found), *warnings]))
         return 0
     print("\n".join(warnings), end="\n" if warnings else "", flush=True)
+    run_directory.heed_umask(base.cluster)
     folder.mkdir(parents=True, exist_ok=True)
     lock = run_directory.hold(folder)  # until this process ends
     assert lock >= 0

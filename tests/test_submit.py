@@ -235,8 +235,24 @@ def test_data_that_do_not_fit_the_config_are_refused_before_anything_is_made(roo
     status, out, err = submit(root)
     assert status == 2 and err.count("\n") == 1 and "model.label_dim=10, but the dataset has label_dim 5" in err
     assert not (root / "runs").exists()
-    status, out, err = submit(root, "model.label_dim=5", "cluster.umask=0777", "cluster.environment.SEEN=yes")
+    status, out, err = submit(root, "model.label_dim=5", "cluster.environment.SEEN=yes")
     assert (status, err) == (0, "") and "warning" not in out
+
+
+def test_a_group_can_read_a_run_whose_author_keeps_his_files_to_himself(root):
+    for path in root.rglob("*"):
+        path.chmod(0o700 if path.is_dir() or path.name == "submit.py" else 0o600)
+    before = os.umask(0o077)
+    try:
+        status, _, err = submit(root, "cluster.umask='0027'")
+    finally:
+        os.umask(before)
+    made = {p.relative_to(root): p.stat().st_mode & 0o777 for p in (root / "runs").rglob("*") if p.name != ".lock"}
+    assert (status, err) == (0, "") and len(made) > 50
+    wrong = {
+        p: oct(mode) for p, mode in made.items() if mode not in ((0o750,) if (root / p).is_dir() else (0o640, 0o750))
+    }
+    assert wrong == {} and made[Path("runs/small/code/cluster/submit.py")] == 0o750
 
 
 def test_data_that_are_not_there_yet_are_a_warning(root):
