@@ -125,6 +125,13 @@ def is_sweep(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
+def spread(words: list[str]) -> list[str]:
+    """Return the words with the runs of a sweep in place of its folder."""
+    return [
+        w for word in words for w in ([f"{word}/{n}" for n in recorded(Path(word))] if is_sweep(Path(word)) else [word])
+    ]
+
+
 def recorded(folder: Path) -> dict[str, dict]:
     """Return {point's name: {values, lane}} in the order of submission; ValueError for a version that is not ours."""
     found = read_json(folder / FILE)

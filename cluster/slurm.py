@@ -19,7 +19,8 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from cluster import job
-from cluster.run_directory import next_attempt, python, read_json, shown, write_atomically
+from cluster.run_directory import is_finished, next_attempt, python, read_json, shown, write_atomically
+from data_pipeline import manifest
 from trainer.config import Config
 from trainer.groups import Cluster
 
@@ -96,6 +97,8 @@ def after(words: list[str]) -> str:
     """
     found = []
     for word in words:
+        if _is_done(Path(word)):  # Slurm forgets within minutes
+            continue
         job_id = word if re.fullmatch(r"\d+(_\d+)?", word) else job_of(Path(word))
         if not job_id:
             raise ValueError(f"--after {word}: is no job id, and no run directory that a Slurm job was submitted for")
@@ -107,6 +110,12 @@ def after(words: list[str]) -> str:
         if any(state != "COMPLETED" for state in states):
             found.append(job_id)
     return f"afterok:{':'.join(found)}" if found else ""
+
+
+def _is_done(folder: Path) -> bool:
+    """Tell whether a run is finished, or an encoding made."""
+    made = read_json(folder / "encode.json").get("folder")
+    return is_finished(folder) or bool(made and manifest.manifest_path(Path(made)).is_file())
 
 
 def check_here() -> None:

@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="JOB",
-        help="start when this Slurm job (an id or a RUN) has ended well",
+        help="start when this Slurm job (an id, a RUN or a sweep) has ended well",
     )
     parser.add_argument(
         "--sweep",
@@ -147,7 +147,7 @@ def check(config: Config, after: list[str]) -> str:
         )
     if config.cluster.kind == "local" and after:
         raise ValueError(f"--after {after[0]}: waits for a Slurm job, but this is a local run; add cluster.kind=slurm")
-    return slurm.after(after) if after else ""
+    return slurm.after(points.spread(after)) if after else ""
 
 
 def doubts(config: Config) -> list[str]:

@@ -83,6 +83,11 @@ def test_a_chain_starts_in_order_and_a_broken_one_is_taken_down(machine, root): 
     assert not any((run / "state.json").exists() for run in points)
     refused = run_command(machine, root, "cluster/submit.py", "configs/small.yaml", *ON_SLURM, "--after", "runs/b")
     assert refused.returncode == 2 and f"job {b} is FAILED" in refused.stderr and refused.stderr.count("\n") == 1
+    sweep(machine, root, "run=runs/e", "--sweep", "seed=0,1")
+    first, second = (job_of(root / f"runs/e-sweep/e_seed={k}") for k in (0, 1))
+    assert f"afterok:{first}:{second}" in sweep(
+        machine, root, "run=runs/f", "--after", "runs/e-sweep", "--after", "runs/a"
+    )
     assert "submitted Slurm job" in sweep(
         machine, root, "run=runs/d", "--after", a
     )  # has ended well: nothing to wait for
