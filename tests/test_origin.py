@@ -129,7 +129,6 @@ def begun(path: str) -> list[bool]:
     return equal
 
 
-@pytest.mark.slow
 def test_masters_averages_and_copies_begin_with_the_file_at_every_stage(tmp_path):
     assert on_ranks(2, begun, str(trained(tmp_path / "a.safetensors"))) == [[True] * 6] * 2
 

@@ -52,7 +52,6 @@ def last_one_dies(folder: str) -> None:
     (Path(folder) / str(rank)).write_text(f"{gone}, {gone.status}")
 
 
-@pytest.mark.slow
 def test_the_news_of_a_death_is_around_the_ring_before_the_first_one_ends(tmp_path):
     with pytest.raises(AssertionError, match="rank 3 left no result"):
         on_ranks(4, last_one_dies, str(tmp_path))

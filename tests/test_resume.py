@@ -38,9 +38,9 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def start(run: Path, data: Path, *more: str, world: int = 2) -> Ranks:
+def start(run: Path, data: Path, *more: str, world: int = 2, fork: bool = True) -> Ranks:
     overrides = [*OVERRIDES, f"run={run}", f"data.path={data}", f"cluster.ranks_per_node={world}", *more]
-    return Ranks(world, run / "logs", str(ROOT / "configs/quickstart.yaml"), *overrides)
+    return Ranks(world, run / "logs", str(ROOT / "configs/quickstart.yaml"), *overrides, fork=fork)
 
 
 def finish(run: Path, data: Path, *more: str, world: int = 2) -> None:
@@ -104,7 +104,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_boundary_and_nothing_is_lost(
     number, status, data, undisturbed, tmp_path
 ):
     run = tmp_path / "run"
-    ranks = start(run, data)
+    ranks = start(run, data, fork=False)  # the command as a user starts it
     wait_for_clock(run, 2 * BATCH, ranks)
     ranks.processes[1].send_signal(number)
     assert ranks.wait() == [status, status], ranks.output()

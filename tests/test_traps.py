@@ -53,7 +53,6 @@ def start_with_round_robin() -> str:
     return "started"
 
 
-@pytest.mark.slow
 def test_a_layout_that_is_not_what_it_says_does_not_start():
     said = on_ranks(2, start_with_round_robin)
     assert "started" not in said
@@ -80,7 +79,6 @@ def dies_while_it_writes(run: str) -> None:
     writer.wait()
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(tmp_path):
     with pytest.raises(AssertionError):
         on_ranks(2, dies_while_it_writes, str(tmp_path))
