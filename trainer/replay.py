@@ -306,6 +306,9 @@ def main(argv=None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     finally:
         if scratch is not None:
             shutil.rmtree(scratch.parent, ignore_errors=True)
@@ -315,6 +318,6 @@ if __name__ == "__main__":
     exit_status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if exit_status == 2:
+    if exit_status in (2, 130):
         os._exit(exit_status)  # a peer may be gone: the process group's destructors would wait for it or abort
     sys.exit(exit_status)
