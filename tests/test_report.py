@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer import report, run_log
+from trainer import report, report_figures, run_log
 
 EVERY = 128
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome-headless-shell")
@@ -83,7 +83,9 @@ def test_text_of_a_run_stays_text_and_the_page_asks_for_nothing(run):
 
 def test_sweep_evaluations_and_grids_are_shown_where_they_are(run):
     (run / "sweep").mkdir()
-    (run / "sweep" / "sweep.csv").write_text("sigma_rel,guidance,fid\n0.1,1.0,3\n0.05,1.0,4\n0.1,1.4,2\n0.15,1.0\n")
+    (run / "sweep" / "sweep.csv").write_text(
+        "sigma_rel,guidance,fid,latent\n0.1,1.0,3,1\n0.05,1.0,4,1\n0.1,1.4,2,1\n0.15,1.0\n"
+    )
     e = {"evenkeel_images_seen": 256, "sigma_rel": 0.1, "snapshot": "a", "mean": 0.5}
     (run / "evaluations.jsonl").write_text(json.dumps(e) + "\n{")
     (run / "samples").mkdir()
@@ -92,6 +94,8 @@ def test_sweep_evaluations_and_grids_are_shown_where_they_are(run):
             Image.new("RGB", (2000, 10)).save(run / "samples" / f"grid-{clock:010d}-{sigma_rel}.png")
     (run / "samples" / "grid-0000009999-0.100.png").write_bytes(b"half")
     status, text = made(run)
+    subject = report.open_run(run)
+    assert [title for title, _ in report_figures.sweeps(subject, subject)] == ["EMA sweep: fid", "EMA sweep: latent"]
     captions = re.findall("<figcaption>(.*?)</figcaption>", text)
     assert status == 0 and "EMA sweep" in text and "Loss of the snapshots" in text
     assert captions[0] == "0 images, sigma_rel 0.100" and 6 <= len(captions) <= report.GRIDS
@@ -106,6 +110,8 @@ def test_several_runs_stand_beside_each_other_and_what_differs_is_named(run, tmp
     assert status == 0
     differ = text[text.index("Where they differ") : text.index("<details>")]
     assert set(re.findall(r"<tr><th>([\w.]+)</th>", differ)) == {"seed", "model.family"}
+    same = report.told_apart([report.open_run(folder) for folder in (run, other, other)])
+    assert [s.name for s in same] == [run.name, str(other), str(other)]
     assert text.count('alt="Magnitudes, ') == 2 and text.count('alt="Loss"') == 1
 
 

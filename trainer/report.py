@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from trainer import report_figures, run_log
-from trainer.report_figures import SHARED, SINGLE, Subject, draw
+from trainer.report_figures import SHARED, SINGLE, Subject, draw, sweeps
 from trainer.state import read as read_state
 from trainer.state import write_atomically
 
@@ -46,6 +46,12 @@ def open_run(folder: Path) -> Subject:
     return Subject(folder.resolve().name, folder, lines, run_log.lineage(lines))
 
 
+def told_apart(subjects: list[Subject]) -> list[Subject]:
+    """Return the runs with names that differ: those of one name in several places are called by their paths."""
+    names = [s.name for s in subjects]
+    return [s if names.count(s.name) == 1 else s._replace(name=str(s.folder)) for s in subjects]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What stands in words.
 
@@ -59,7 +65,8 @@ def facts(subject: Subject) -> dict[str, str]:
     state, last, spent = _state(subject.folder), subject.lines[-1], run_log.cost(subject.lines)
     info, clock, duration = run_log.info(last), last["evenkeel_images_seen"], last.get("evenkeel_duration_images")
     begun = ", ".join(f"start {attempt} by {clock:,}" for attempt, clock in run_log.restarts(subject.lines))
-    devices = "GPU-hours" if "evenkeel_gpu_power_watts" in last or "evenkeel_mfu_ratio" in last else "rank-hours"
+    peaks = {run_log.labels(key).get("peak") for key in last.get("evenkeel_mfu_ratio", {})} - {"metrics.peak_flops"}
+    devices = "GPU-hours" if peaks or "evenkeel_gpu_power_watts" in last else "rank-hours"
     return {
         "status": state.get("status", "unknown"),
         "last error": state.get("last_error", ""),
@@ -181,7 +188,7 @@ def page(subjects: list[Subject], pictures: Pictures) -> str:
     parts = [f"<h1>{_escape(title)}</h1>\n", table(names, {key: [f[key] for f in told] for key in told[0]})]
     if any(run_log.restarts(s.lines) for s in subjects):
         parts.append("<p>Dotted lines: the run was started again, and that start's first line.</p>\n")
-    for name, alt, panels in SHARED:
+    for name, alt, panels in [*SHARED, ("sweep", "EMA sweep", sweeps(*subjects))]:
         if figure := pictures.figure(name, alt, panels, *subjects):
             parts.append(f"<h2>{_escape(alt)}</h2>\n{figure}")
     for name, alt, panels in SINGLE:
@@ -246,7 +253,7 @@ def main(argv=None) -> int:
         if out.suffix != ".html":
             raise ValueError(f"--out {out}: must be a file name that ends in .html")
         report_figures.canvas()
-        subjects = [open_run(folder) for folder in options.runs]
+        subjects = told_apart([open_run(folder) for folder in options.runs])
         pictures = Pictures(out.with_suffix(""))
         text = page(subjects, pictures)
         out.parent.mkdir(parents=True, exist_ok=True)

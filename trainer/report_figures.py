@@ -217,21 +217,28 @@ def sweep_rows(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows if "sigma_rel" in row]
 
 
-def sweep(axis, *subjects: Subject) -> bool:
-    """Draw the first metric of each run's EMA sweep over the EMA length, a line per guidance weight."""
-    names = set()
-    for subject in subjects:
-        rows = sweep_rows(subject.folder)
-        metrics = [k for k in (rows[0] if rows else {}) if k not in ("sigma_rel", "guidance")]
-        for name in metrics[:1]:
-            names.add(name)
+def sweep(name: str) -> Callable:
+    """Return a panel of one metric of the EMA sweeps over the EMA length: a line per run and guidance weight."""
+
+    def panel(axis, *subjects: Subject) -> bool:
+        drawn = 0
+        for subject in subjects:
+            rows = [row for row in sweep_rows(subject.folder) if name in row]
             for guidance in sorted({row.get("guidance", 1.0) for row in rows}):
                 mine = sorted((r["sigma_rel"], r[name]) for r in rows if r.get("guidance", 1.0) == guidance)
                 label = f"{subject.name} " if len(subjects) > 1 else ""
                 axis.plot(*zip(*mine, strict=True), label=f"{label}guidance {guidance:g}", marker=".")
-    axis.set_xlabel("sigma_rel (EMA length)")
-    axis.set_ylabel(", ".join(sorted(names)))
-    return bool(names)
+                drawn += 1
+        axis.set_xlabel("sigma_rel (EMA length)")
+        return drawn > 0
+
+    return panel
+
+
+def sweeps(*subjects: Subject) -> list[tuple[str, Callable]]:
+    """Return a panel for each metric that the runs' sweeps measured."""
+    names = dict.fromkeys(key for s in subjects for row in sweep_rows(s.folder)[:1] for key in row)
+    return [(f"EMA sweep: {name}", sweep(name)) for name in names if name not in ("sigma_rel", "guidance")]
 
 
 # of all runs together, then of each run: (file name, alternative text, panels)
@@ -242,7 +249,6 @@ SHARED = (
     ("throughput", "Throughput", (("Images per second", metric("evenkeel_images_per_second")),
                                   ("Model FLOP/s", metric("evenkeel_flops_per_second")))),
     ("heldout", "Loss of the snapshots", (("Loss of the snapshots (evaluate --follow)", heldout),)),
-    ("sweep", "EMA sweep", (("EMA sweep", sweep),)),
 )  # fmt: skip
 SINGLE = (
     ("logsnr", "Loss per logSNR", (("Denoising loss over logSNR, by images seen", loss_by_logsnr),)),
