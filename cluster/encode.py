@@ -95,8 +95,6 @@ def submit(c: Cluster, job: Path, parts: list[list[str]], parallel: int, after: 
         array_parallelism=parallel,
         teardown=["status=$?", "trap '' TERM", again, "exit $?"],
     )
-    for name, value in c.environment.items():
-        os.environ[name] = str(value)  # sbatch hands its environment on
     jobs = slurm.submit_quietly(lambda: made.map_array(encode_task.run, parts))
     job_id = jobs[0].job_id.partition("_")[0]
     write_atomically(job / "logs" / "slurm_job.json", json.dumps({"job_id": job_id}))

@@ -83,6 +83,7 @@ def parameters(c: Cluster, code: Path, after: str = "") -> dict:
             f"cd {folder} || exit 1",
             f"export PYTHONPATH={folder}",
             *([f"umask {c.umask}"] if c.umask else []),
+            *(f"export {name}={shlex.quote(str(value))}" for name, value in c.environment.items()),
             *c.setup,
         ],
         # since 22.05 srun does not inherit the batch job's --cpus-per-task

@@ -23,6 +23,7 @@ import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shutil  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 
 from cluster import slurm, sweep_array, sweep_plot  # noqa: E402
@@ -297,4 +298,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the jobs are taken down
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

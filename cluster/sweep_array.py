@@ -1,5 +1,6 @@
 """Run the children of a sweep: one after another here, or all at once as a Slurm job array (submitit)."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import submitit
 
 from cluster import slurm
+from cluster.run_directory import read_json, write_atomically
 from trainer.config import load
 
 POLL_SECONDS = 2.0
@@ -60,9 +62,12 @@ def execute(run: Path, root: Path, commands: list[list[str]], parallel: int) -> 
         array_parallelism=parallel,
     )
 
+    known = run / "logs" / "sweep" / "slurm_job.json"
     for left in reversed(range(ROUNDS)):
+        _check_idle(read_json(known).get("job_id", ""))
         jobs = _submit(made, root, commands)
         array = jobs[0].job_id.partition("_")[0]
+        write_atomically(known, json.dumps({"job_id": array}))
         print(f"submitted Slurm job {array}: {len(jobs)} tasks; logs in {run / 'logs' / 'sweep'}", flush=True)
         try:
             ends = [_wait(job) for job in jobs]  # all of them: what is left running would be measured twice
@@ -79,6 +84,15 @@ def execute(run: Path, root: Path, commands: list[list[str]], parallel: int) -> 
             )
         if not commands:
             return
+
+
+def _check_idle(array: str) -> None:
+    """Return when an array of an earlier sweep is over; ValueError where it goes on, its command having been killed."""
+    until = time.monotonic() + GRACE_SECONDS  # results are there a moment before Slurm calls a job ended
+    while active := [state for state in (slurm.states_of(array) if array else []) if state not in slurm.OVER]:
+        if time.monotonic() > until:
+            raise ValueError(f"Slurm job {array} of an earlier sweep is {active[0]}; let it end, or: scancel {array}")
+        time.sleep(POLL_SECONDS)
 
 
 def _submit(made: submitit.SlurmExecutor, root: Path, commands: list[list[str]]) -> list[submitit.Job]:

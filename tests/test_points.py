@@ -100,6 +100,7 @@ def test_only_what_failed_or_is_missing_starts_again(root, capsys):
     assert status == 2 and "a sweep of another config" in err and "seed: 0 -> 7" in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_sweep_and_the_same_command_goes_on(root):
     words = ["--sweep", "seed=1,2"]
     process = start(root, *words, behave={"step_seconds": 0.1})

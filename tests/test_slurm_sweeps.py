@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,6 +164,21 @@ def test_an_element_that_ends_without_a_word_is_run_again(machine, root):  # noq
     done = run_command(machine, root, "-c", code)
     assert done.returncode == 0 and "1 tasks" in done.stdout and "2 tasks" in done.stdout, done.stderr
     assert (root / "a").read_text() == "2" and (root / "b").read_text() == "x"
+
+
+def test_a_sweep_that_is_terminated_takes_its_jobs_along(machine, root):  # noqa: F811
+    (root / "runs/x").mkdir(parents=True)
+    (root / "runs/x/config.yaml").write_text((root / "configs/small.yaml").read_text())
+    (root / "runs/x/snapshots").mkdir()
+    (root / "runs/x/snapshots/ema-0000000400-0.050.safetensors").touch()
+    (root / "trainer/posthoc.py").write_text("import time; time.sleep(600)")
+    command = [sys.executable, "cluster/sweep.py", "runs/x", "--sigma-rel", "0.1", "--kind", "slurm"]
+    process = subprocess.Popen(command, cwd=root, env=machine.environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: running(machine), 30)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command goes on" in err
+    wait_for(lambda: not job_ids(machine), 30)
 
 
 def _encoders(data):
