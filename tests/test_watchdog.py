@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 
@@ -45,3 +46,17 @@ def test_patience_is_a_number_of_usual_steps(tmp_path, monkeypatch, step, most):
     assert one._patience() == pytest.approx(most)
     one.limit_steps = 0
     assert one._patience() == 600
+
+
+def test_a_watch_outlasts_a_disk_that_takes_no_files(tmp_path, capsys):
+    one = watchdog.Watchdog(tmp_path, 0, 1, 1, 0.2)
+    one.alive("checkpoint")
+    (tmp_path / "logs").rename(tmp_path / "gone")
+    while "cannot tell the others" not in capsys.readouterr().err:
+        assert one._thread.is_alive() and time.time() - one.since < 60
+        time.sleep(0.05)
+    (tmp_path / "gone").rename(tmp_path / "logs")
+    one.alive("vote")
+    assert one._thread.is_alive()
+    one.close()
+    assert list((tmp_path / "logs").iterdir()) == []

@@ -91,11 +91,18 @@ class Watchdog:
         poll = min(LONGEST_POLL_SECONDS, self.limit / 4)
         while not self._ended.wait(poll):
             faulthandler.dump_traceback_later(2 * PATIENCE_FACTOR * self.limit + 30, exit=True, file=self._stacks)
-            if question := self._question():
-                self._answer(question)
-            late = time.time() - max(self.since, self._asked_at)
-            if late > self._allowed() or (self.doing in FILESYSTEM and late > self._patience()):
-                self._ask(2 * poll + ANSWER_SECONDS)
+            try:
+                self._look(2 * poll + ANSWER_SECONDS)
+            except OSError as error:  # a full disk: nobody can ask or answer, and the watch must outlast it
+                state.tell(f"warning: rank {self.rank} cannot tell the others what it does: {error}")
+
+    def _look(self, wait_seconds: float) -> None:
+        """Answer a question that another rank has asked; ask one where this rank is late."""
+        if question := self._question():
+            self._answer(question)
+        late = time.time() - max(self.since, self._asked_at)
+        if late > self._allowed() or (self.doing in FILESYSTEM and late > self._patience()):
+            self._ask(wait_seconds)
 
     def _question(self) -> str:
         try:
