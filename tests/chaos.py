@@ -24,7 +24,7 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
 
-# loaded once, for all ranks: half of them only on the first engine, which takes four fifths of a start's CPU time
+# loaded once, for all ranks: two of them by the first engine otherwise, three quarters of a start's CPU time
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 import torch._dynamo

@@ -20,7 +20,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# the last two are imported by the first engine otherwise: nine tenths of what it takes
+# the last two are imported by the first engine otherwise: three quarters of what it takes
 LIBRARIES = ["torch", "safetensors.torch", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
 
 QUIET = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
