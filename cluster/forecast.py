@@ -130,7 +130,12 @@ def free_bytes(folder: Path) -> int:
 def _disk(config: Config, size: Size) -> str:
     need, free = disk_bytes(config, size), free_bytes(Path(config.run))
     short = " - NOT ENOUGH" if need > free else ""
-    return f"{need / 1e9:,.3g} GB of snapshots and checkpoints; {free / 1e9:,.3g} GB free at {os.path.dirname(config.run)}{short}"
+    return f"{gigabytes(need)} of snapshots and checkpoints; {gigabytes(free)} free at {os.path.dirname(config.run)}{short}"
+
+
+def gigabytes(count: float) -> str:
+    """Return bytes as 0.123 GB, 12.3 GB or 12,345 GB."""
+    return f"{count / 1e9:,.0f} GB" if count >= 1e11 else f"{count / 1e9:.3g} GB"
 
 
 def shortages(config: Config) -> list[str]:

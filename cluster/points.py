@@ -182,7 +182,10 @@ def plan(points: list[Point]) -> list[str]:
     free = forecast.free_bytes(points[0].run)
     short = " - NOT ENOUGH" if disk > free else ""
     total = f"{sum(hours):,.0f} GPU-hours" if None not in hours else "GPU-hours not known"
-    return [*lines, f"{len(points)} points: {total}, {disk / 1e9:,.3g} GB of disk, {free / 1e9:,.3g} GB free{short}"]
+    return [
+        *lines,
+        f"{len(points)} points: {total}, {forecast.gigabytes(disk)} of disk, {forecast.gigabytes(free)} free{short}",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
