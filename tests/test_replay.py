@@ -134,7 +134,7 @@ def test_a_flipped_bit_before_the_steps_shows_in_what_was_logged_after_it(run):
 def test_steps_around_a_restart_agree_too(data, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     words = [*SMALL, f"run={run}", f"data.path={data}", "cluster.ranks_per_node=1", "metrics.every_images=128"]
-    ranks = Ranks(1, tmp_path / "logs", str(ROOT / "configs/quickstart.yaml"), *words)
+    ranks = Ranks(1, tmp_path / "logs", str(ROOT / "configs/quickstart.yaml"), *words, fork=False)
     wait_for_clock(run, 256, ranks)
     ranks.processes[0].send_signal(signal.SIGTERM)
     assert ranks.wait() == [75], ranks.output()
