@@ -38,12 +38,17 @@ def test_patience_is_a_number_of_usual_steps(tmp_path, monkeypatch, step, most):
             now[0] += seconds
             one.alive("optimizer")
             one.alive("data")
+            one.alive("backward")
 
     steps(watchdog.USUAL_STEPS, step)
     assert one._patience() == 600, "what is usual is not known yet"
     steps(1, 500)  # a checkpoint between two steps is not usual
     steps(1, step)
     assert one._patience() == pytest.approx(most)
+    for elsewhere in ("data", "checkpoint"):
+        one.alive(elsewhere)
+        assert one._patience() == 600
+    one.alive("backward")
     one.limit_steps = 0
     assert one._patience() == 600
 

@@ -36,7 +36,8 @@ def request(run: Path, attempt: int) -> Path:
 class Watchdog:
     """Call `alive` wherever the loop gets on; 0 seconds switch it off.
 
-    Patience is `limit_steps` times the usual time of a step, within SHORTEST_SECONDS and `limit_seconds`; 0 steps: the latter.
+    Patience with computing and communication is `limit_steps` times the usual time of a step, at least SHORTEST_SECONDS and at most
+    `limit_seconds`, which holds for all else, and where `limit_steps` is 0.
     """
 
     def __init__(self, run: Path, rank: int, world: int, attempt: int, limit_seconds: float, limit_steps: int = 0):
@@ -82,7 +83,8 @@ class Watchdog:
 
     def _patience(self) -> float:
         stepped = self._stepped.copy()  # the loop goes on meanwhile
-        if not self.limit_steps or len(stepped) <= USUAL_STEPS:
+        elsewhere = self.doing in (*FILESYSTEM, "data")  # what takes its time there has nothing to do with a step's
+        if not self.limit_steps or elsewhere or len(stepped) <= USUAL_STEPS:
             return self.limit
         usual = statistics.median(after - before for before, after in itertools.pairwise(stepped))
         return min(self.limit, max(SHORTEST_SECONDS, self.limit_steps * usual))
