@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from models import winograd
+from trainer import draws
 from trainer.config import Config
 from trainer.model_keys import compiles
 
@@ -32,14 +33,21 @@ def keep_cache(folder: Path, rank: int) -> None:
         os.environ.setdefault(key, value)
 
 
+def _name_streams() -> None:
+    # the checksum of a stream's name is a constant to a graph: the compiler cannot look into zlib, and masks are drawn inside
+    torch.compiler.assume_constant_result(draws.stream_number)
+
+
 def compile_forward(module: torch.nn.Module, cuda_graphs: bool = False) -> Callable:
     """Return the forward of `module`, one graph compiled for its device; on a CPU, 3x3 convolutions become Winograd's."""
+    _name_streams()
     if next(module.parameters()).device.type == "cpu":
         winograd.use_(module)
-        # the network has chosen each layer's memory format; Inductor would force channels_last on all of them on a CPU
-        return torch.compile(
-            module.forward, fullgraph=True, options={"layout_optimization": False, "cpp_wrapper": True}
-        )
+        # the network has chosen each layer's memory format; Inductor would force channels_last on all of them on a CPU.
+        # Its C++ calls, a little faster, do not know attention that is recomputed (torch 2.13)
+        recomputed = any(getattr(m, "activation_checkpointing", False) for m in module.modules())
+        options = {"layout_optimization": False, "cpp_wrapper": not recomputed}
+        return torch.compile(module.forward, fullgraph=True, options=options)
     if cuda_graphs:
         return _captured(module)
     return torch.compile(module.forward, fullgraph=True)
@@ -61,4 +69,5 @@ def _captured(module: torch.nn.Module) -> Callable:
 
 def compile_function(function: Callable) -> Callable:
     """Return `function` as one graph, for the shapes that it is called with."""
+    _name_streams()
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -83,7 +83,6 @@ class Examples:
 
     def compile_draw(self) -> None:
         """Turn some 300 small kernels of integers into a few; on a CPU that gains nothing."""
-        torch.compiler.assume_constant_result(draws.stream_number)  # a checksum of a name: nothing for a graph
         self.draw = compilation.compile_function(self._draw)
 
     def _to_device(self, *tensors: Tensor) -> list[Tensor]:

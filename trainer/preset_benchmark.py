@@ -30,8 +30,8 @@ from trainer.config import CONFIGS, ROOT, Config, from_dict, read_yaml, to_dict
 from trainer.engine import Engine, build_denoiser, device, start_process_group
 from trainer.examples import Examples, micro_batches
 from trainer.loss import denoising_loss
+from trainer.preset_table import tables
 
-PARTS = ("data", "forward", "backward", "optimizer", "communication")
 WARM_UP = 2  # steps: the first compiles, the second settles the allocators
 LARGEST = 1024
 MARK = "benchmark result: "  # before the line of JSON that a measurement prints
@@ -137,9 +137,10 @@ def measure(config: Config, bare: bool, steps: int, profile: Path | None) -> dic
             loop.step()
         roofline.synchronize(where)
         loop.phases.take()
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         for _ in range(steps):
             loop.step()
+        host_seconds = (time.process_time() - worked) / steps  # on a GPU: what launching takes
         roofline.synchronize(where)
         seconds = (time.perf_counter() - started) / steps
         parts = {name: value / steps for name, value in loop.phases.take().items()}
@@ -167,6 +168,7 @@ def measure(config: Config, bare: bool, steps: int, profile: Path | None) -> dic
         "peak_flops": rates.peak_flops,
         "first_step_seconds": first,
         "step_seconds": seconds,
+        "host_cpu_seconds": host_seconds,
         "part_seconds": parts,
         "least_seconds": least,
         "kernels_per_step": kernels,
@@ -274,38 +276,6 @@ def _memory(on_gpu: bool) -> float:
     return next(1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def tables(results: list[dict]) -> list:
-    """Lay measurements out: speed, and each part beside what it must take at least."""
-    from rich.table import Table
-
-    first = results[0]
-    title = f"training step, {first['device']}, {date.today()}, torch {torch.__version__}, one process"
-    speed = Table(title=title, caption=f"MFU of: {first['peak']}, {first['peak_flops'] / 1e12:.3g} TFLOP/s")
-    for column in ("preset", "loop", "activations", "compile", "micro-batch", "images/s", "TFLOP/s", "MFU", "s/step", "first step",
-                   "kernels", "unfused", "peak memory"):  # fmt: skip
-        speed.add_column(column, justify="left" if column in ("preset", "loop") else "right")
-    rates = f"{first['measured_flops_per_second'] / 1e12:.3g} TFLOP/s and {first['measured_bytes_per_second'] / 1e9:.3g} GB/s"
-    parts = Table(
-        title="ms a step, by part, and the least by roofline", caption=f"roofline at {rates}, measured in the run"
-    )
-    for column in ("preset", *PARTS, "other", "GFLOP", "GB of matrix work", "GB elementwise, unfused"):
-        parts.add_column(column, justify="left" if column == "preset" else "right")
-    for r in results:
-        speed.add_row(r["preset"], r["loop"], r["activations"], r["compile"], str(r["micro_batch"]),
-                      f"{r['images_per_second']:.4g}", f"{r['flops_per_second'] / 1e12:.4g}", f"{r['mfu']:.1%}",
-                      f"{r['step_seconds']:.4g}", f"{r['first_step_seconds']:.3g} s", str(r["kernels_per_step"]),
-                      str(r["unfused_kernels"]), f"{r['peak_memory_bytes'] / 2**30:.2f} GiB")  # fmt: skip
-        cells = []
-        for name in PARTS:
-            least = f" ({1e3 * r['least_seconds'][name]:.4g})" if name in r["least_seconds"] else ""
-            cells.append(f"{1e3 * r['part_seconds'].get(name, 0.0):.4g}{least}")
-        other = r["step_seconds"] - sum(v for k, v in r["part_seconds"].items() if k != "communication")
-        gflop = r["flops_per_second"] * r["step_seconds"] / 1e9
-        parts.add_row(r["preset"], *cells, f"{1e3 * other:.4g}", f"{gflop:.4g}",
-                      f"{r['matrix_bytes'] / 1e9:.3g}", f"{r['unfused_elementwise_bytes'] / 1e9:.3g}")  # fmt: skip
-    return [speed, parts]
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for and print it."""
     from rich.console import Console
@@ -352,7 +322,7 @@ def _check(options: argparse.Namespace) -> None:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or look at nvidia-smi")
-    deepspeed = importlib.util.find_spec("deepspeed") is not None
+    deepspeed = options.loop != "bare" and importlib.util.find_spec("deepspeed") is not None
     options.loop = options.loop or ("deepspeed" if deepspeed else "bare")
     if options.loop == "deepspeed" and not deepspeed:
         raise ValueError("--loop deepspeed: deepspeed is not installed; use --loop bare")

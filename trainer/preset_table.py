@@ -1,0 +1,40 @@
+"""The tables of `trainer.benchmark --preset`: speed, and each part of the step beside its roofline."""
+
+from datetime import date
+
+import torch
+from rich.table import Table
+
+PARTS = ("data", "forward", "backward", "optimizer", "communication")
+
+
+def tables(results: list[dict]) -> list[Table]:
+    """Lay measurements out: speed, and each part beside what it must take at least."""
+    first = results[0]
+    title = f"training step, {first['device']}, {date.today()}, torch {torch.__version__}, one process"
+    speed = Table(title=title, caption=f"MFU of: {first['peak']}, {first['peak_flops'] / 1e12:.3g} TFLOP/s")
+    for column in ("preset", "loop", "activations", "compile", "micro-batch", "images/s", "TFLOP/s", "MFU", "s/step", "host CPU s",
+                   "first step",
+                   "kernels", "unfused", "peak memory"):  # fmt: skip
+        speed.add_column(column, justify="left" if column in ("preset", "loop") else "right")
+    rates = f"{first['measured_flops_per_second'] / 1e12:.3g} TFLOP/s and {first['measured_bytes_per_second'] / 1e9:.3g} GB/s"
+    parts = Table(
+        title="ms a step, by part, and the least by roofline", caption=f"roofline at {rates}, measured in the run"
+    )
+    for column in ("preset", *PARTS, "other", "GFLOP", "GB of matrix work", "GB elementwise, unfused"):
+        parts.add_column(column, justify="left" if column == "preset" else "right")
+    for r in results:
+        speed.add_row(r["preset"], r["loop"], r["activations"], r["compile"], str(r["micro_batch"]),
+                      f"{r['images_per_second']:.4g}", f"{r['flops_per_second'] / 1e12:.4g}", f"{r['mfu']:.1%}",
+                      f"{r['step_seconds']:.4g}", f"{r['host_cpu_seconds']:.4g}",
+                      f"{r['first_step_seconds']:.3g} s", str(r["kernels_per_step"]),
+                      str(r["unfused_kernels"]), f"{r['peak_memory_bytes'] / 2**30:.2f} GiB")  # fmt: skip
+        cells = []
+        for name in PARTS:
+            least = f" ({1e3 * r['least_seconds'][name]:.4g})" if name in r["least_seconds"] else ""
+            cells.append(f"{1e3 * r['part_seconds'].get(name, 0.0):.4g}{least}")
+        other = r["step_seconds"] - sum(v for k, v in r["part_seconds"].items() if k != "communication")
+        gflop = r["flops_per_second"] * r["step_seconds"] / 1e9
+        parts.add_row(r["preset"], *cells, f"{1e3 * other:.4g}", f"{gflop:.4g}",
+                      f"{r['matrix_bytes'] / 1e9:.3g}", f"{r['unfused_elementwise_bytes'] / 1e9:.3g}")  # fmt: skip
+    return [speed, parts]
