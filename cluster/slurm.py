@@ -96,6 +96,7 @@ def after(words: list[str]) -> str:
 
     A job that has ended well asks for nothing; ValueError for one that has not, or that Slurm does not know.
     """
+    check_here()
     found = []
     for word in words:
         if _is_done(Path(word)):  # Slurm forgets within minutes
