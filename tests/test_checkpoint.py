@@ -62,8 +62,8 @@ def no_space(tensors, path):
     raise OSError(28, "No space left on device")
 
 
-def kept(run: str) -> tuple[list[str], list[str]]:
-    """Keep one, where a damaged checkpoint lies beyond the clock; keep one and those at multiples of 24 images."""
+def kept(run: str) -> tuple[list[str], list[str], list[str]]:
+    """Keep one, where a damaged one lies beyond the clock; one and those at multiples of 24 images; two of the living."""
     from trainer.checkpoint import list_checkpoints
     from trainer.engine import Engine, start_process_group
 
@@ -81,7 +81,13 @@ def kept(run: str) -> tuple[list[str], list[str]]:
     for clock in (12, 24, 36, 48, 60):
         writer.save(clock, life=1, extras={})
     writer.wait()
-    return one, [p.name for p in list_checkpoints(every)]
+    lives = Path(run) / "lives"
+    writer = writer_of(lives, engine, keep_last=2)
+    for clock, life in ((12, 1), (24, 1), (36, 2)):  # life 2 went on from 12, for 24 was damaged
+        writer.header |= {"life_start": 12} if life == 2 else {}
+        writer.save(clock, life, extras={})
+        writer.wait()
+    return one, [p.name for p in list_checkpoints(every)], [p.name for p in list_checkpoints(lives)]
 
 
 def load_and_save(source: str, target: str, stage: int) -> tuple[int, bool]:
@@ -134,7 +140,7 @@ def test_only_the_last_are_kept_and_verify(saved):
 
 def test_a_damaged_newer_one_does_not_push_out_the_good_one_and_some_are_kept_for_good(tmp_path):
     assert on_ranks(1, kept, str(tmp_path)) == [
-        (["0000000024", "0000000099"], ["0000000024", "0000000048", "0000000060"])
+        (["0000000024", "0000000099"], ["0000000024", "0000000048", "0000000060"], ["0000000012", "0000000036"])
     ]
 
 

@@ -220,7 +220,7 @@ def _describe(checkpoint: Path) -> str:
         return f"{checkpoint.name}  DAMAGED: manifest.json is not readable"
 
 
-def _abandoned(checkpoints: list[Path]) -> list[Path]:
+def abandoned(checkpoints: list[Path]) -> list[Path]:
     """Return those that a run went back behind: a later life began before them and saved since."""
     lives = []
     for p in checkpoints:
@@ -265,7 +265,7 @@ def main(argv=None) -> int:
             print(f"wrote {options.consolidate}: the weights at {int(chosen.name)} images")
             return 0
         problems, checkpoints, newest = [], list_checkpoints(options.run), latest(options.run)
-        lost = _abandoned(checkpoints)
+        lost = abandoned(checkpoints)
         for p in checkpoints:
             found = verify(p) if options.verify else []
             problems += found

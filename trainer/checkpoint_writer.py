@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from trainer.checkpoint import VERSION, hash_file, list_checkpoints, seal, state
+from trainer.checkpoint import VERSION, abandoned, hash_file, list_checkpoints, seal, state
 from trainer.engine import Engine
 from trainer.state import sync_folder, tell, write_atomically
 
@@ -143,10 +143,14 @@ class CheckpointWriter:
         return {path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path), "pieces": pieces}}
 
     def _drop_old(self, clock: int) -> None:
-        # what lies beyond the clock was passed over as damaged: it must not count among the ones to keep
-        old = sorted(p for p in list_checkpoints(self.run) if int(p.name) <= clock)[: -self.keep_last]
-        for path in old:
-            if not self.keep_every_images or int(path.name) % self.keep_every_images:
+        # what lies beyond the clock, or was gone back behind, was passed over as damaged: it must not count among the ones to keep
+        found = list_checkpoints(self.run)
+        lost = abandoned(found)
+        passed = sorted(p for p in found if int(p.name) <= clock)
+        kept = [p for p in passed if p not in lost][-self.keep_last :]
+        for path in passed:
+            for_good = self.keep_every_images and int(path.name) % self.keep_every_images == 0 and path not in lost
+            if path not in kept and not for_good:
                 _discard(path)
 
     def _agree(self, mine) -> list:
