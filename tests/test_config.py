@@ -118,6 +118,7 @@ WRONG = [
     (["seed=-1"], "must be at least 0"),
     (["engine.compile=2"], "must be one of auto, true, false"),
     (["engine.weights=bf16"], "use engine.zero_stage=2, or engine.weights=fp32"),
+    (["engine.cuda_graphs=true", "engine.compile=false"], "set engine.cuda_graphs=false"),
     (["model.channel_mult=4"], "must be a list"),
     (["model.resolution=9"], "must be divisible by 2"),
     (["ema.sigma_rel=[0.3]"], "must lie between 0 and 0.2886"),
