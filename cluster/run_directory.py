@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from cluster.code_copy import copy_code
-from trainer.config import Config, dump, load, to_dict
+from trainer.config import Config, differences, dump, load, to_dict
 from trainer.groups import Cluster
 
 PLACEMENT = ("cluster.", "metrics.", "data.path", "data.encode_from", "data.stage", "data.cache_", "run")
@@ -150,18 +150,6 @@ def python() -> str:
     """Return how a user calls this interpreter from here."""
     name = shown(Path(sys.executable))
     return "python" if name.startswith("/") else name
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    """Return (dotted key, old value, new value) for every leaf that differs."""
-    found = []
-    for key in [*old, *(k for k in new if k not in old)]:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append((prefix + key, before, after))
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

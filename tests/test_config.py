@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer import config
-from trainer.config import Config, check_batch, dump, load, to_dict
+from trainer.config import Config, check_batch, differences, dump, load, to_dict
 from trainer.typed import format_size, parse_size
 
 CONFIGS = Path(config.CONFIGS)
@@ -232,3 +232,19 @@ def test_the_digest_names_the_training_not_the_place():
     other = load(CONFIGS / "quickstart.yaml", ["lr.ref_lr=0.02"])
     assert config.digest(a) == config.digest(moved) != config.digest(other)
     assert set(to_dict(a)) == {f.name for f in dataclasses.fields(Config)}
+
+
+def test_differences_name_every_leaf():
+    old, new = {"a": 1, "b": {"c": [1], "d": 2}, "e": 0}, {"a": 1, "b": {"c": [1, 2], "d": 2}, "f": 3}
+    assert differences(old, new) == [("b.c", [1], [1, 2]), ("e", 0, None), ("f", None, 3)]
+
+
+def test_a_run_started_by_hand_with_another_config_says_so_and_keeps_its_own(tmp_path, capsys):
+    from trainer.train import _record
+
+    first, path = load(config.CONFIGS / "quickstart.yaml"), tmp_path / "config.yaml"
+    _record(first, path)
+    _record(first, path)
+    assert capsys.readouterr().err == ""
+    _record(load(config.CONFIGS / "quickstart.yaml", ["lr.ref_lr=0.5"]), path)
+    assert f"lr.ref_lr {first.lr.ref_lr} -> 0.5" in capsys.readouterr().err and load(path) == first

@@ -17,7 +17,7 @@ from cluster.endings import (
     read_outcome,
     translate,
 )
-from cluster.run_directory import differences, next_attempt, read_json
+from cluster.run_directory import next_attempt, read_json
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,6 @@ def test_attempts_without_progress_are_counted_unless_they_were_told_to_stop(idl
 def test_a_task_that_never_began(tmp_path):
     outcome = read_outcome(tmp_path, [Path("a")], silent_are_guilty=True)
     assert (outcome.status, outcome.stage) == (KILLED, "start")
-
-
-def test_differences_name_every_leaf():
-    old, new = {"a": 1, "b": {"c": [1], "d": 2}, "e": 0}, {"a": 1, "b": {"c": [1, 2], "d": 2}, "f": 3}
-    assert differences(old, new) == [("b.c", [1], [1, 2]), ("e", 0, None), ("f", None, 3)]
 
 
 def test_attempts_count_on(tmp_path):

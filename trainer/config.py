@@ -49,6 +49,18 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=120)
 
 
+def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    """Return (dotted key, old value, new value) for every leaf that differs."""
+    found = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((prefix + key, before, after))
+    return found
+
+
 def digest(config: Config) -> str:
     """Return a short hash that names this config wherever it is recorded; paths and placement leave no trace in it."""
     plain = to_dict(config)

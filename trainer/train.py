@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from trainer import state
-from trainer.config import dump, load
+from trainer.config import Config, differences, dump, load, to_dict
 from trainer.examples import micro_batches
 from trainer.lr import learning_rate
 from trainer.run import Run
@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
         path = Path(args.config).resolve()
         folder = path.parent if path.name == "config.yaml" else Path(config.run)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists() and os.environ.get("RANK", "0") == "0":
-            state.write_atomically(folder / "config.yaml", dump(config).encode())
+        if os.environ.get("RANK", "0") == "0":
+            _record(config, folder / "config.yaml")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,6 +93,16 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
             return _failed(folder, gone, gone.status)
         traceback.print_exc()
         return _failed(folder, error, 1)
+
+
+def _record(config: Config, path: Path) -> None:
+    """Write the config of a new run, or say how this start differs from it: by hand it may be changed, but not unawares."""
+    if not path.exists():
+        state.write_atomically(path, dump(config).encode())
+        return
+    changed = [f"{k} {a!r} -> {b!r}" for k, a, b in differences(to_dict(load(path)), to_dict(config)) if k != "run"]
+    if changed:
+        state.tell(f"warning: {path} says otherwise and stays as it is; this start goes by: {', '.join(changed)}")
 
 
 def _failed(folder: Path, error: Exception, status: int) -> int:
