@@ -13,7 +13,7 @@ help:
 	@echo "make chaos     hit a small run 50 times (kill -9, signals, full disk, damaged files); nothing may be lost"
 	@echo "make lint      ruff"
 	@echo "make bench     speed and memory tables of this machine"
-	@echo "make experiments  noise densities, U-Nodes and noise robustness compared on digits: 15 minutes of a core; goes on where stopped"
+	@echo "make experiments  noise densities, U-Nodes and noise robustness compared on digits: 25 minutes of a core; goes on where stopped"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: " + sys.executable + " is Python " + sys.version.split()[0] + "; evenkeel needs 3.11 or newer; try: make PYTHON=python3.12 ...")'
@@ -52,7 +52,7 @@ bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m trainer.posthoc_benchmark
 
 experiments: $(VENV)/.installed
-	for name in noise unode robustness; do $(PY) -m trainer.experiments $$name $(ARGS) || exit; done
+	for name in noise unode robustness preset; do $(PY) -m trainer.experiments $$name $(ARGS) || exit; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

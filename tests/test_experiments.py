@@ -68,7 +68,7 @@ def test_the_experiments_of_this_repository_load_with_the_sizes_they_state(tmp_p
     for path in experiments.FOLDER.glob("*.yaml"):
         experiment = experiments.read(path.stem)
         found = experiments.cells(experiment, tmp_path, None, experiment.seeds, [])
-        assert len({c.folder for c in found}) == len(found) == len(experiment.arms) * len(experiment.seeds) >= 6
+        assert len({c.folder for c in found}) == len(found) == len(experiment.arms) * len(experiment.seeds) >= 9
         assert [c.seed for c in found] == sorted(c.seed for c in found), "a seed is done for all arms before the next"
         common = [
             {**config.to_dict(c.config), "run": 0, "seed": 0, "model": 0, "noise": 0, "loss": 0, "lr": 0} for c in found
