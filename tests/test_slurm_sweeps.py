@@ -32,11 +32,12 @@ def running(machine):  # noqa: F811
 
 def test_a_sweep_runs_in_lanes_and_restarts_what_failed(machine, root):  # noqa: F811
     words = ("--sweep", "seed=0,1,2,3", "--parallel", "2")
-    out = sweep(machine, root, *words, behave={"step_seconds": 0.3})
+    out = sweep(machine, root, *words, behave={"step_seconds": 0.5})
     assert out.count("submitted Slurm job") == 4 and "4 points in runs/small-sweep, 2 at once" in out
     runs = [root / f"runs/small-sweep/small_seed={k}" for k in range(4)]
     jobs = [job_of(run) for run in runs]
     wait_for(lambda: all(state(run).get("clock", 0) > 20 for run in runs[:2]), 60)
+    assert len(running(machine)) == 2
     machine.call("scontrol", "requeue", jobs[0])  # between two lives it has not ended: who waits for it waits on
     machine.call("scancel", "--signal=KILL", jobs[1])  # crashes are restarted by policy
     most, until = 0, time.monotonic() + 150
@@ -45,7 +46,8 @@ def test_a_sweep_runs_in_lanes_and_restarts_what_failed(machine, root):  # noqa:
         if job_state(machine, jobs[0]) not in ("COMPLETED", ""):
             assert job_state(machine, jobs[2]) == "PENDING"
         time.sleep(0.2)
-    assert most == 2 and state(runs[0])["attempt"] == 2
+    assert most <= 2, "afterwards it is a matter of chance whether two are seen at once"
+    assert state(runs[0])["attempt"] == 2
     done = [state(run)["clock"] == 400 for run in runs]
     assert done[0] and done[2] and done[3]
     out = sweep(machine, root, *words)
