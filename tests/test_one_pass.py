@@ -85,8 +85,9 @@ def sharded_training(stages: list[int]) -> list:
     _, world = start_process_group()
     results = []
     for stage in stages:
-        engine = Engine(test_engine.config_of(engine__zero_stage=stage), test_engine.build(test_engine.config_of()))
-        engine.optimizer._one_pass = OnePass(engine.optimizer)
+        config = test_engine.config_of(engine__zero_stage=stage, optimizer__one_pass="true")
+        engine = Engine(config, test_engine.build(config))
+        assert isinstance(engine.optimizer._one_pass, OnePass)
         for step in range(test_engine.STEPS):
             test_engine.one_step(engine, step)
         pieces = [(f.name, f.start, f.master.clone()) for f in engine.fragments]

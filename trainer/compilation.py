@@ -48,14 +48,16 @@ def compile_forward(module: torch.nn.Module, cuda_graphs: bool = False) -> Calla
         recomputed = any(getattr(m, "activation_checkpointing", False) for m in module.modules())
         options = {"layout_optimization": False, "cpp_wrapper": not recomputed}
         return torch.compile(module.forward, fullgraph=True, options=options)
+    # its choice of memory formats gave such networks wrong gradients on a CPU (docs/LOG.md): not trusted on a GPU either
+    options = {"layout_optimization": not any(isinstance(m, torch.nn.Conv2d) for m in module.modules())}
     if cuda_graphs:
-        return _captured(module)
-    return torch.compile(module.forward, fullgraph=True)
+        return _captured(module, options)
+    return torch.compile(module.forward, fullgraph=True, options=options)
 
 
-def _captured(module: torch.nn.Module) -> Callable:
+def _captured(module: torch.nn.Module, options: dict) -> Callable:
     """Return the forward that replays CUDA graphs; nothing that a replay overwrites is left in anyone's hands."""
-    compiled = torch.compile(module.forward, fullgraph=True, mode="reduce-overhead")
+    compiled = torch.compile(module.forward, fullgraph=True, options=options | {"triton.cudagraphs": True})
     for p in module.parameters():  # before DeepSpeed's own hooks see them, and before they are accumulated
         p.register_hook(lambda gradient: gradient.clone())
 

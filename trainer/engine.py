@@ -115,7 +115,8 @@ class Engine:
         self.ema = ShardedEma(self.fragments, config.ema.sigma_rel)
         replicas = self.world if config.engine.zero_stage == 0 else 1
         # on a CPU the pass is C++, which wants a compiler as the compiled network does
-        one_pass = on_gpu() or config.engine.compile == "true"
+        auto = on_gpu() or config.engine.compile == "true"
+        one_pass = auto if o.one_pass == "auto" else o.one_pass == "true"
         self.optimizer = MagnitudeAdam(adam, self.fragments, self.ema, o.nonfinite, replicas, one_pass)
         # DeepSpeed's own call, not the module's: it is what tells a ZeRO stage where a micro-batch begins
         self.denoiser = self._deepspeed

@@ -144,6 +144,9 @@ class Optimizer:
     eps: float = 1e-8
     nonfinite: str = one_of("stop", "stop", "skip", "zero")
     max_skipped_steps: int = at_least(10, 0)  # with nonfinite=skip: more than this many in a run stop it
+    one_pass: str = one_of(
+        "auto", "auto", "true", "false"
+    )  # fused; auto: on GPUs, and on CPUs with engine.compile=true
 
 
 @dataclass
