@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="run or sweep directories; default: all of runs/"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     sweeps = [run for run in arguments.runs if points.is_sweep(run)]
     runs = [run for run in arguments.runs if run not in sweeps]
     for run in runs:

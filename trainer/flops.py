@@ -167,7 +167,7 @@ def main(argv=None) -> int:
     parser.add_argument("config", help="a YAML file, a composed RUN/config.yaml, or a run directory")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         facts = describe(configs.load(options.config, options.overrides))
     except (ValueError, OSError) as error:

@@ -57,7 +57,7 @@ def main(argv=None) -> int:
     parser.add_argument("config", nargs="?", default=str(CONFIGS / "quickstart.yaml"))
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         config = load(options.config, options.overrides)
         config.global_batch = config.micro_batch  # one process, one micro-batch a step
