@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from cluster.code_copy import copy_code
+from data_pipeline import durable
 from trainer.config import Config, differences, dump, load, to_dict
 from trainer.groups import Cluster
 
@@ -273,11 +274,9 @@ def next_attempt(run: Path) -> int:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old or the new one, never half of it."""
+    """Write a text file that others may be reading, its folder too; see data_pipeline/durable.py."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    durable.write_atomically(path, text.encode())
 
 
 def shown(path: Path) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_pipeline import adopt, index, manifest, mds, npy, order, records, sources, wds
+from data_pipeline import adopt, durable, index, manifest, mds, npy, order, records, sources, wds
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.measure import Statistics
 from data_pipeline.npy import Layout
@@ -155,7 +155,7 @@ def _write_shard(folder: Path, name: str, container: str, samples, layout: Layou
         sha256 = index.write(folder / manifest.index_name(name), rows)
         shard = Shard(name, len(rows), temporary.stat().st_size, wds.hash_file(temporary), sha256)
         os.replace(temporary, folder / name)
-        manifest.sync_folder(folder)
+        durable.sync_folder(folder)
     finally:
         temporary.unlink(missing_ok=True)
     return shard
@@ -202,7 +202,7 @@ def write_folder(
             progress.advance(record["samples"])
     made = _manifest(source, known, container, label_dim, fingerprint)
     if container == "mds":
-        manifest.write_atomically(folder / "index.json", mds.index_json(made.shards, *first))
+        durable.write_atomically(folder / "index.json", mds.index_json(made.shards, *first))
     manifest.save(made, folder)
     records.clear(folder)
     return made

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import index, manifest, order, records, sources
+from data_pipeline import durable, index, manifest, order, records, sources
 from data_pipeline.manifest import Shard
 from data_pipeline.measure import Statistics
 from data_pipeline.npy import Layout
@@ -136,7 +136,7 @@ def write_shard(job: Job, number: int, folder: Path, progress: Progress):
             record = {"samples": len(rows), "bytes": temporary.stat().st_size, "xxh3_64": wds.hash_file(temporary)}
             record |= {"name": final.name, "index_sha256": sha256, "dtype": layout.dtype, "shape": list(layout.shape)}
             os.replace(temporary, final)
-            manifest.sync_folder(folder)
+            durable.sync_folder(folder)
     finally:
         temporary.unlink(missing_ok=True)
     progress.advance(len(broken))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.manifest import MAX_SAMPLE_BYTES, write_atomically
+from data_pipeline.durable import write_atomically
+from data_pipeline.manifest import MAX_SAMPLE_BYTES
 
 MAGIC = b"EVKLINDX"
 VERSION = 1

@@ -10,12 +10,13 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from data_pipeline.durable import write_atomically
 
 NAME = "manifest.json"
 FORMAT = "evenkeel-dataset"
@@ -232,31 +233,6 @@ def save(manifest: Manifest, folder) -> Path:
     _check(manifest)
     content = {"format": FORMAT, "version": VERSION, "digest": manifest.digest, **dataclasses.asdict(manifest)}
     return write_atomically(Path(folder) / NAME, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Write a file so that a reader sees all of it or none of it, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-    return path
-
-
-def sync_folder(folder: Path):
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_fits(m: Manifest, codec: str, channels: int, resolution: int, label_dim: int):

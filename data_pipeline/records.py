@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from data_pipeline import manifest
+from data_pipeline import durable, manifest
 
 FOLDER = ".encoding"  # of `convert` too; the name is that of the first command that had one
 
@@ -19,7 +19,7 @@ def _path(folder: Path, number: int) -> Path:
 
 def write(folder: Path, number: int, fingerprint: str, record: dict):
     """Note that a shard is finished."""
-    manifest.write_atomically(_path(folder, number), json.dumps(record | {"fingerprint": fingerprint}).encode())
+    durable.write_atomically(_path(folder, number), json.dumps(record | {"fingerprint": fingerprint}).encode())
 
 
 def read(folder: Path, number: int, fingerprint: str) -> dict | None:

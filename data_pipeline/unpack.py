@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from data_pipeline import manifest
+from data_pipeline import durable
 
 # suffix of the file as the library names it: (module, package of PyPI)
 _LIBRARIES = {"zstd": ("zstd", "zstd"), "br": ("brotli", "brotli"), "snappy": ("snappy", "python-snappy")}
@@ -37,7 +37,7 @@ def unpack(packed: Path, target: Path, num_bytes: int, hashes: dict[str, str]):
         raise ValueError(f"{packed} holds {len(content)} bytes, index.json says {num_bytes}; restore it")
     if hashes.get("xxh3_64") not in (None, xxhash.xxh3_64_hexdigest(content)):
         raise ValueError(f"{packed} does not hold what index.json says (xxh3_64); restore it")
-    manifest.write_atomically(target, content)
+    durable.write_atomically(target, content)
 
 
 def _decompress(packed: Path, file, limit: int) -> bytes:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipeline import encode, manifest
+from data_pipeline import durable, encode, manifest
 from tests.test_generate import DATA, write_network
-from trainer import evaluate, evaluations, state
+from trainer import evaluate, evaluations
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--follow", "--data-images", "10", "--steps", "1"]
@@ -77,7 +77,7 @@ def test_a_cut_off_line_is_done_again(network):
 @pytest.mark.slow
 def test_what_comes_later_is_not_missed_and_a_kill_loses_one_at_most(network):
     run, write = network
-    state.write_atomically(run / "state.json", b'{"status": "running"}')
+    durable.write_atomically(run / "state.json", b'{"status": "running"}')
     write(64)
     command = [sys.executable, "-m", "trainer.evaluate", str(run), *QUICK, "--no-pictures"]
 
@@ -105,7 +105,7 @@ def test_what_comes_later_is_not_missed_and_a_kill_loses_one_at_most(network):
     assert two.wait(30) == 130
     three = start()
     write(256)
-    state.write_atomically(run / "state.json", b'{"status": "finished"}')
+    durable.write_atomically(run / "state.json", b'{"status": "finished"}')
     assert three.wait(60) == 0
     assert [e["evenkeel_images_seen"] for e in evaluations.read(run)] == [64, 128, 192, 256]
 

@@ -21,6 +21,7 @@ CLUSTER_MAY_IMPORT = {
     "trainer.snapshot_plan",
     "trainer.metrics_table",
     "trainer.ema_profiles",
+    "data_pipeline.durable",
     "data_pipeline.manifest",
 }
 # outside package: the program files that may import it

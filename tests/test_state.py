@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from data_pipeline import durable
 from trainer import state
 from trainer.metrics import Metrics
 
@@ -32,7 +33,7 @@ def test_a_damaged_state_is_one_line_and_lives_go_on_counting_without_it(tmp_pat
 def test_two_threads_that_write_at_once_leave_one_whole_file(tmp_path):
     def write(letter: bytes):
         for _ in range(50):
-            state.write_atomically(tmp_path / "file", letter * 5000)
+            durable.write_atomically(tmp_path / "file", letter * 5000)
 
     threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b")]
     for t in threads:

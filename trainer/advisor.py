@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer import config, heldout, posthoc, snapshot_plan, state
+from data_pipeline import durable
+from trainer import config, heldout, posthoc, snapshot_plan
 from trainer.ema_profiles import gamma_from_sigma_rel, parse_range, predicted_error
 from trainer.snapshots import abandoned, list_snapshots, load_denoiser, to_come
 
@@ -45,7 +46,7 @@ def advise(run: Path, options: argparse.Namespace) -> list[str]:
             for clock in _clocks(run, usable, options.drift)
         ]
     found = {"version": 1, "run": run.name, "data": data.name, "images": data.num, "clocks": told}
-    state.write_atomically(run / "posthoc" / "advice.json", json.dumps(found).encode())
+    durable.write_atomically(run / "posthoc" / "advice.json", json.dumps(found).encode())
     return [*tables(found), *_deletable(run, usable, lengths, options.keep_error)]
 
 

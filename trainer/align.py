@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.durable import write_atomically
 from data_pipeline.progress import Progress
 from models import align_steps, sampler
 from trainer import draws, generate, heldout
-from trainer.state import write_atomically
 
 STREAM = "align"
 FINE_STEPS = 128  # of Heun: what the samples of both grids are compared with

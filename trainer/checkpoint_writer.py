@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from data_pipeline.durable import sync_folder, write_atomically
 from trainer.checkpoint import VERSION, abandoned, hash_file, list_checkpoints, seal, state
 from trainer.engine import Engine
-from trainer.state import sync_folder, tell, write_atomically
+from trainer.state import tell
 
 
 class CheckpointWriter:

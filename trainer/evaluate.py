@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipeline.durable import write_atomically
 from data_pipeline.progress import Progress
 from models.noise import sigma_from_logsnr
 from trainer import digit_labels, evaluations, features, frechet, generate, heldout, robustness, trained_range
-from trainer.state import write_atomically
 
 DATA_IMAGES = 50_000  # as many as published Frechet distances draw
 KEPT_FEATURES = 5000  # of each side, for precision and recall, which are quadratic in them

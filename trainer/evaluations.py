@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.durable import write_atomically
 from trainer import generate, heldout, state
 from trainer.run_log import read_evaluations as read
 from trainer.snapshots import Snapshot, abandoned, list_snapshots
-from trainer.state import write_atomically
 
 FILE = "evaluations.jsonl"
 POLL_SECONDS = 2.0

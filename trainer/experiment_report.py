@@ -8,7 +8,7 @@ import io
 import statistics
 from pathlib import Path
 
-from trainer.state import write_atomically
+from data_pipeline.durable import write_atomically
 
 # Student's t, two-sided 95 %, by degrees of freedom
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

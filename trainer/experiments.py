@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_pipeline import manifest
+from data_pipeline import durable, manifest
 from data_pipeline.progress import Progress
 from trainer import config, state
 from trainer.groups import Data
@@ -140,7 +140,7 @@ def _train(cell: Cell, progress: Progress, lock: int) -> None:
     if cell.finished():  # by whoever held the lock
         return
     if not (cell.folder / "config.yaml").is_file():
-        state.write_atomically(cell.folder / "config.yaml", config.dump(cell.config).encode())
+        durable.write_atomically(cell.folder / "config.yaml", config.dump(cell.config).encode())
     command = [sys.executable, "-m", "trainer.train", str(cell.folder / "config.yaml")]
     environment = {"OMP_NUM_THREADS": "1"} | {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     with open(cell.folder / "trainer.log", "ab") as log:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.state import write_atomically
+from data_pipeline.durable import write_atomically
 
 
 class Statistics:

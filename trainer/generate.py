@@ -24,12 +24,12 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from data_pipeline import codecs, latents
+from data_pipeline.durable import write_atomically
 from data_pipeline.progress import Progress
 from models import sampler
 from trainer import draws, trained_range
 from trainer.compilation import compile_forward
 from trainer.snapshots import abandoned, list_snapshots, load_denoiser, read_header
-from trainer.state import write_atomically
 
 DEFAULT_SIGMA_REL = 0.10  # the wider of the two lengths that EDM2 tracks: nearest to the optimum of unguided sampling
 SMALLEST_TILE_PIXELS = 32  # a digit of 8x8 is enlarged to be seen

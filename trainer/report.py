@@ -17,10 +17,10 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.durable import write_atomically
 from trainer import report_figures, run_log
 from trainer.report_figures import SHARED, SINGLE, Subject, draw, sweeps
 from trainer.state import read as read_state
-from trainer.state import write_atomically
 
 GRIDS, GRID_PIXELS = 8, 640  # of a run, at most; the longer side inside the report
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

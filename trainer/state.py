@@ -9,9 +9,10 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 from pathlib import Path
+
+from data_pipeline.durable import write_atomically
 
 VERSION = 1
 
@@ -88,22 +89,6 @@ def fail(run: str | os.PathLike, error: Exception) -> None:
             write_atomically(Path(run) / "state.json", json.dumps(values, indent=1).encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, fsync, rename, fsync the folder: a reader sees the old or the new file, whole, on NFS and Lustre too."""
-    # any rank on any host, and any of its threads, may tell at the same time why the run failed
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{threading.get_native_id()}")
-    try:
-        with open(beside, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError:  # half a file would take the space that is missing
-        beside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 def is_full(error: OSError) -> bool:
     """Say whether a write was refused for lack of space: a full disk, or a quota that is used up."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -113,12 +98,3 @@ def tell(line: str, stream=None) -> None:
     """Print a line (to stderr) wherever it goes: a log on a full disk must not stop what it tells about."""
     with contextlib.suppress(OSError):
         print(line, file=stream or sys.stderr, flush=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ import os
 import threading
 from pathlib import Path
 
-from trainer.state import write_atomically
+from data_pipeline.durable import write_atomically
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0  # longer than any pause of a live process, and than clocks of nodes may differ

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from trainer.state import sync_folder
+from data_pipeline.durable import sync_folder
 
 FORMAT_VERSION = 1
 KEY = "evenkeel"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline import durable
 from trainer import state
 from trainer.config import Config, differences, dump, load, to_dict
 from trainer.examples import micro_batches
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
 def _record(config: Config, path: Path) -> None:
     """Write the config of a new run, or say how this start differs from it: by hand it may be changed, but not unawares."""
     if not path.exists():
-        state.write_atomically(path, dump(config).encode())
+        durable.write_atomically(path, dump(config).encode())
         return
     changed = [f"{k} {a!r} -> {b!r}" for k, a, b in differences(to_dict(load(path)), to_dict(config)) if k != "run"]
     if changed:

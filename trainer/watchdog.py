@@ -17,6 +17,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from data_pipeline import durable
 from trainer import state
 from trainer.stop import START_AGAIN
 
@@ -124,7 +125,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         self._stacks.flush()
         question = self._question() or f"rank {self.rank} at {self._asked_at}"
-        state.write_atomically(self._request, question.encode())
+        durable.write_atomically(self._request, question.encode())
         self._answer(question)
         time.sleep(wait_seconds)
         known = {rank: self._word(rank, question) for rank in range(self.world)}
