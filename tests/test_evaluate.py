@@ -9,6 +9,7 @@ import torch
 from data_pipeline import encode, manifest
 from tests.test_generate import DATA, write_network
 from trainer import digit_labels, evaluate, features
+from trainer.drawing import Drawing
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_real_images_are_at_distance_zero(run_with_data, tmp_path, monkeypatch):
         subject = evaluate.Subject(paths[0], self, {})
         return (([], x) for _, x, _ in evaluate._data(subject, options).batches(batch))
 
-    monkeypatch.setattr(evaluate.generate.Drawing, "batches", draw)
+    monkeypatch.setattr(Drawing, "batches", draw)
     result = evaluate.measure(paths[0], ["latent"], options)["metrics"]["latent"]
     assert abs(result["value"]) < 1e-6 and result["precision"] == result["recall"] == 1
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipeline import durable, encode, manifest
 from tests.test_generate import DATA, write_network
-from trainer import evaluate, evaluations
+from trainer import evaluate, evaluations, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--follow", "--data-images", "10", "--steps", "1"]
@@ -51,7 +51,7 @@ def test_every_snapshot_once_newest_first_and_again_only_if_written_again(networ
     assert all(len(e["bins"]) == 8 and e["mean"] > 0 and e["images"] == 10 for e in lines)
     names = [f"grid-{clock:010d}-{s:.3f}.png" for clock in (64, 128) for s in (0.05, 0.1)]
     assert sorted(p.name for p in (run / "samples").iterdir()) == names
-    tile = evaluate.generate.SMALLEST_TILE_PIXELS + 2
+    tile = generate.SMALLEST_TILE_PIXELS + 2
     assert Image.open(run / "samples" / names[0]).size == (8 * tile + 2, 10 * tile + 2)
 
     write(128, 0.1, seed=1, life=2)  # of a later life: another network

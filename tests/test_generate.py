@@ -11,7 +11,9 @@ from PIL import Image
 
 from models import denoiser, magnitude
 from trainer import generate, tensor_file
-from trainer.snapshots import file_name
+from trainer.drawing import Drawing, Settings, positions_of
+from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
+from trainer.snapshots import file_name, load_denoiser
 
 TINY = {
     **{"family": "edm2", "resolution": 8, "channels": 1, "label_dim": 10, "model_channels": 16, "channel_mult": [1, 2]},
@@ -51,9 +53,9 @@ def drawing(path, *arguments):
     import argparse
 
     parser = argparse.ArgumentParser()
-    generate.add_drawing_options(parser)
+    add_drawing_options(parser)
     options = parser.parse_args(["--steps", "4", *arguments])
-    return generate.open_drawing(path, options, generate.settings_of(options))[0]
+    return open_drawing(path, options, settings_of(options))[0]
 
 
 def close(a, b):
@@ -73,7 +75,7 @@ def test_image_i_does_not_depend_on_the_batch(snapshot, churn):
 
 
 def test_an_image_keeps_its_noise_whatever_classes_are_asked_for(snapshot):
-    some, every = generate.positions_of([3, 7], 2, 10), generate.positions_of(range(10), 3, 10)
+    some, every = positions_of([3, 7], 2, 10), positions_of(range(10), 3, 10)
     assert some == [3, 13, 7, 17] and set(some) < set(every) and sorted(every) == list(range(30))
     made = drawing(snapshot)
     assert made.label_dim == 10
@@ -136,12 +138,12 @@ def test_folder_resumes_and_is_shared_between_ranks(snapshot, tmp_path, monkeypa
 def test_a_run_stands_for_its_newest_snapshot_of_the_nearest_length(tmp_path):
     for clock, sigma_rel in ((64, 0.05), (64, 0.1), (128, 0.05), (128, 0.1)):
         write_network(tmp_path, clock=clock, sigma_rel=sigma_rel)
-    assert generate.find(tmp_path).name == "ema-0000000128-0.100.safetensors"
-    assert generate.find(tmp_path, 0.06).name == "ema-0000000128-0.050.safetensors"
+    assert find_snapshot(tmp_path).name == "ema-0000000128-0.100.safetensors"
+    assert find_snapshot(tmp_path, 0.06).name == "ema-0000000128-0.050.safetensors"
     made = write_network(tmp_path / "posthoc" / "p.safetensors", clock=128, sigma_rel=0.13, kind="posthoc")
-    assert generate.find(tmp_path, 0.14) == made
+    assert find_snapshot(tmp_path, 0.14) == made
     write_network(tmp_path, clock=96, sigma_rel=0.05, life=2)  # the run went back: 128 belongs to an abandoned life
-    assert generate.find(tmp_path, 0.05).name == "ema-0000000096-0.050.safetensors"
+    assert find_snapshot(tmp_path, 0.05).name == "ema-0000000096-0.050.safetensors"
 
 
 def test_networks_without_labels_draw_one_row(tmp_path):
@@ -180,15 +182,15 @@ def test_bad_input_is_one_line(snapshot, tmp_path, capsys, arguments, expected):
 def test_the_trained_range_begins_where_data_still_show_through(tmp_path, capsys):
     noise = {"density": "laplace", "mu": 0.0, "b": 0.5}
     path = write_network(tmp_path / "with.safetensors")
-    network, header = generate.load_denoiser(path)
+    network, header = load_denoiser(path)
     header["noise"] = noise
-    ranged = generate.Drawing(network, header, generate.Settings(trained_range=1e-3))
+    ranged = Drawing(network, header, Settings(trained_range=1e-3))
     low, high = (0.5 * math.exp(sign * math.log(500) / 4) for sign in (-1, 1))
     assert [ranged.sigmas[-2].item(), ranged.sigmas[0].item()] == pytest.approx([low, high])
     assert ranged.start == pytest.approx(math.hypot(high, 0.5))
     list(ranged.batches([0], 1))
     assert capsys.readouterr().err.count("warning") == 0
-    usual = generate.Drawing(network, header, generate.Settings(steps=2))
+    usual = Drawing(network, header, Settings(steps=2))
     list(usual.batches([0, 1], 1)) + list(usual.batches([2], 1))
     assert usual.start == 80 and capsys.readouterr().err.count("warning: the grid edm goes from sigma 80 to 0.002") == 1
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from trainer import flops, generate, sampling_benchmark
+from trainer import flops, sampling_benchmark
 from trainer.benchmark import main
+from trainer.drawing import Drawing, Settings
 
 
 def test_rows_count_both_networks():
@@ -32,10 +33,10 @@ DEVICES = [
 def test_a_compiled_drawing_is_the_plain_one(device):
     model = sampling_benchmark.SMALL | {"num_blocks": 1, "channel_mult": [1, 2], "model_channels": 16}
     header = {"model": model, "data": {}, "noise": {"density": "lognormal", "P_mean": -0.4, "P_std": 1.0}}
-    settings = generate.Settings(steps=3, guidance=1.5)
+    settings = Settings(steps=3, guidance=1.5)
 
     def drawing(where):
-        return generate.Drawing(sampling_benchmark._network(model, "fp32", where), header, settings, None, where)
+        return Drawing(sampling_benchmark._network(model, "fp32", where), header, settings, None, where)
 
     plain, compiled = drawing("cpu"), drawing(device)
     compiled.compile()

@@ -16,13 +16,15 @@ import torch
 from data_pipeline.durable import write_atomically
 from data_pipeline.progress import Progress
 from models import align_steps, sampler
-from trainer import draws, generate, heldout
+from trainer import draws, heldout
+from trainer.drawing import Drawing
+from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
 
 STREAM = "align"
 FINE_STEPS = 128  # of Heun: what the samples of both grids are compared with
 
 
-def table(drawing: generate.Drawing, data: heldout.Data, levels: torch.Tensor, batch: int) -> torch.Tensor:
+def table(drawing: Drawing, data: heldout.Data, levels: torch.Tensor, batch: int) -> torch.Tensor:
     """Return mean squared gaps between the denoiser's answers at all levels, over the images of `data`."""
     total, device = torch.zeros(len(levels), len(levels), dtype=torch.float64), drawing.device
     with Progress("aligning", data.num, "images") as progress:
@@ -51,7 +53,7 @@ def main(argv=None) -> int:
     parser.add_argument("--data-images", type=int, default=256)
     parser.add_argument("--levels", type=int, default=128, help="of the ladder that the grid is chosen from")
     parser.add_argument("--compare", type=int, default=64, help="images drawn to compare with EDM's grid; 0: none")
-    generate.add_drawing_options(parser)
+    add_drawing_options(parser)
     options = parser.parse_args(argv)
     try:
         print("\n".join(run(options)))
@@ -71,9 +73,9 @@ def run(options: argparse.Namespace) -> list[str]:
         raise ValueError("--data-images must be at least 1 and --compare at least 0")
     if options.out.suffix != ".json" or options.out.is_dir():
         raise ValueError(f"--out {options.out}: must be a .json file, which generate --grid reads")
-    path = generate.find(options.snapshot, options.sigma_rel)
+    path = find_snapshot(options.snapshot, options.sigma_rel)
     options.steps, options.grid = steps, "edm"
-    drawing, _ = generate.open_drawing(path, options, generate.settings_of(options))
+    drawing, _ = open_drawing(path, options, settings_of(options))
     folder = next((p for p in path.resolve().parents if (p / "config.yaml").is_file()), None)
     data = heldout.open_of_run(folder, options.data, vars(drawing.data), options.data_images)
     levels = align_steps.ladder(options.levels, options.sigma_min, options.sigma_max)

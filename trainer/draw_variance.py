@@ -14,7 +14,8 @@ import torch
 
 from data_pipeline.progress import Progress
 from models.noise import sigma_from_uniform
-from trainer import config, draws, generate
+from trainer import config, draws
+from trainer.drawing_options import find_snapshot
 from trainer.examples import Example, Examples
 from trainer.loss import denoising_loss
 from trainer.snapshots import load_denoiser
@@ -100,7 +101,7 @@ def main(argv=None) -> int:
         if options.repeats < 20 or options.batch < 1:
             raise ValueError(f"--repeats {options.repeats}, --batch {options.batch}: must be at least 20 and 1")
         run = config.load(options.run)
-        network, header = load_denoiser(generate.find(options.run), device=options.device)
+        network, header = load_denoiser(find_snapshot(options.run), device=options.device)
         network.requires_grad_(True)
         examples = Examples(run, torch.device(options.device))
         result = {"run": header["run"], "clock": header["clock"], "batch": options.batch, "repeats": options.repeats}

@@ -25,7 +25,9 @@ import torch
 from data_pipeline.durable import write_atomically
 from data_pipeline.progress import Progress
 from models.noise import sigma_from_logsnr
-from trainer import digit_labels, evaluations, features, frechet, generate, heldout, robustness, trained_range
+from trainer import digit_labels, evaluations, features, frechet, heldout, robustness, trained_range
+from trainer.drawing import Drawing, positions_of
+from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
 
 DATA_IMAGES = 50_000  # as many as published Frechet distances draw
 KEPT_FEATURES = 5000  # of each side, for precision and recall, which are quadratic in them
@@ -36,7 +38,7 @@ class Subject:
     """What is measured."""
 
     path: Path
-    drawing: generate.Drawing
+    drawing: Drawing
     origin: dict
 
 
@@ -46,7 +48,7 @@ def digits(subject: Subject, options: argparse.Namespace) -> dict:
     if drawing.shape != (1, 8, 8) or drawing.label_dim != 10 or drawing.data.codec != "pixels":
         raise ValueError(f"metric digits: {subject.path.name} draws no 8x8 digits in ten classes; use another --metric")
     read, accuracy = _reader()
-    positions = generate.positions_of(range(10), options.per_class, 10)
+    positions = positions_of(range(10), options.per_class, 10)
     parts = [drawing.decode(x) for _, x in drawing.batches(positions, options.batch)]
     result = digit_labels.agreement(read, torch.cat(parts).numpy(), np.array(positions) % 10)
     return {"value": result["share"], "better": "high", "reader_accuracy": accuracy, **result}
@@ -94,7 +96,7 @@ def frechet_distance(kind: str, subject: Subject, options: argparse.Namespace) -
     return result | {"comparable": extract.comparable}
 
 
-def _stream(extract: features.Features, drawing: generate.Drawing, batches) -> tuple[frechet.Statistics, np.ndarray]:
+def _stream(extract: features.Features, drawing: Drawing, batches) -> tuple[frechet.Statistics, np.ndarray]:
     """Return statistics of all latents in `batches`, and the features of the first KEPT_FEATURES."""
     statistics, kept, count = None, [], 0
     for x in batches:
@@ -172,7 +174,7 @@ def say(name: str, result: dict) -> str:
 
 def measure(path: Path, names: list[str], options: argparse.Namespace) -> dict:
     """Return {"origin": ..., "metrics": {name: result}} of one snapshot."""
-    subject = Subject(path, *generate.open_drawing(path, options, generate.settings_of(options)))
+    subject = Subject(path, *open_drawing(path, options, settings_of(options)))
     return {"origin": subject.origin, "metrics": {name: METRICS[name](subject, options) for name in names}}
 
 
@@ -217,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         default=3600.0,
         help="--follow: end after so many silent seconds (default %(default)s)",
     )
-    generate.add_drawing_options(parser)
+    add_drawing_options(parser)
     return parser
 
 
@@ -244,7 +246,7 @@ def main(argv=None) -> int:
             count = evaluations.follow(options.snapshots[0], options)
             print(f"{count} snapshots evaluated: {options.snapshots[0] / evaluations.FILE}")
             return 0
-        for path in [generate.find(p, options.sigma_rel) for p in options.snapshots]:
+        for path in [find_snapshot(p, options.sigma_rel) for p in options.snapshots]:
             kept = options.results / f"{path.stem}.json" if options.results else None
             if kept and kept.is_file():
                 continue

@@ -16,6 +16,8 @@ import torch
 
 from data_pipeline.durable import write_atomically
 from trainer import generate, heldout, state
+from trainer.drawing import Drawing, positions_of
+from trainer.drawing_options import open_drawing, settings_of
 from trainer.run_log import read_evaluations as read
 from trainer.snapshots import Snapshot, abandoned, list_snapshots
 
@@ -70,8 +72,8 @@ def follow(run: Path, options: argparse.Namespace) -> int:
 
 def evaluate(run: Path, snapshot: Snapshot, options: argparse.Namespace, opened: dict) -> dict:
     """Return one snapshot's line; `opened` keeps the data between calls."""
-    settings = generate.settings_of(options)
-    drawing, _ = generate.open_drawing(snapshot.path, options, settings)
+    settings = settings_of(options)
+    drawing, _ = open_drawing(snapshot.path, options, settings)
     key = json.dumps(vars(drawing.data), sort_keys=True)
     if key not in opened:
         opened[key] = heldout.open_of_run(run, options.data, vars(drawing.data), options.data_images or DATA_IMAGES)
@@ -96,11 +98,11 @@ def evaluate(run: Path, snapshot: Snapshot, options: argparse.Namespace, opened:
     }
 
 
-def _draw(run: Path, snapshot: Snapshot, drawing: generate.Drawing, batch: int) -> Path:
+def _draw(run: Path, snapshot: Snapshot, drawing: Drawing, batch: int) -> Path:
     """Draw a row per class, up to ROWS classes; image i of class c starts from the same noise in every grid."""
     count = min(ROWS, drawing.label_dim) or 1
     classes = [i * drawing.label_dim // count for i in range(count)]
-    positions = generate.positions_of(classes, COLUMNS, drawing.label_dim)
+    positions = positions_of(classes, COLUMNS, drawing.label_dim)
     images = torch.cat([drawing.decode(x) for _, x in drawing.batches(positions, batch)])
     path = run / "samples" / f"grid-{snapshot.clock:010d}-{snapshot.sigma_rel:.3f}.png"
     path.parent.mkdir(exist_ok=True)

@@ -172,9 +172,10 @@ def _die_with_parent() -> None:
 
 def measure(cell: Cell, options: str) -> dict:
     """Return {metric: result} of a finished cell's newest snapshot; a file under RUN/experiment/ that is there is read."""
-    from trainer import evaluate, generate
+    from trainer import evaluate
+    from trainer.drawing_options import find_snapshot
 
-    snapshot = generate.find(cell.folder)
+    snapshot = find_snapshot(cell.folder)
     results = cell.folder / "experiment" / hashlib.sha256(options.encode()).hexdigest()[:8]
     made = results / f"{snapshot.stem}.json"
     if not made.is_file():

@@ -13,7 +13,7 @@ from models.denoiser import build
 from models.magnitude import use_weights_
 from trainer import flops
 from trainer.config import to_dict
-from trainer.generate import Drawing, Settings
+from trainer.drawing import Drawing, Settings
 from trainer.peaks import peak_flops
 from trainer.preset_benchmark import compose
 from trainer.roofline import synchronize
