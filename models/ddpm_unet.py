@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.edm2 import label_rows, magnitude
+from models.network import label_rows, magnitude
 
 HEADS, HEAD_CHANNELS, GROUPS = 4, 32, 8  # of the baseline (facts of the authors' repository)
 

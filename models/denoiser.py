@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from models.ddpm_unet import DDPMUNet
-from models.edm2 import UNet, magnitude
+from models.edm2 import UNet
 from models.magnitude import MPConv, MPFourier
+from models.network import magnitude
 from models.preconditioning import PREDICTIONS, coefficients
 from models.unode import UNode
 from models.unode_paper import PaperUNode

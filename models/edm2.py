@@ -11,17 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from models.magnitude import SILU_RMS, MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize, rms
-
-
-def magnitude(h: Tensor) -> Tensor:
-    """Return M = mean over samples of sqrt(mean_j h_j^2), j over all elements of a sample, as a detached 0-d tensor.
-
-    Fig. 3 and 15 of the paper plot it per layer, before the nonlinearity and after the gain.
-    """
-    return rms(h.detach(), tuple(range(1, h.ndim))).mean()
+from models.magnitude import SILU_RMS, MPConv, mp_cat, mp_sum, normalize
+from models.network import Network, magnitude
 
 
 def magnitude_bucket(name: str) -> tuple[str, int] | None:
@@ -124,15 +116,7 @@ class Block(nn.Module):
 
         if self.conv_skip is not None and not self.encoder:
             x = see("conv_skip", self.conv_skip(x))
-        x = mp_sum(x, y, self.residual_balance)
-        if self.num_heads:
-            y = self._attend(see("attn_qkv", self.attn_qkv(x)), seen if collect else None)
-            x = mp_sum(x, see("attn_proj", self.attn_proj(y)), self.attn_balance)
-        if self.clip_act:  # 0: off
-            if collect:
-                seen["clipped"] = (x.detach().abs() > self.clip_act).float().mean()
-            x = x.clamp(-self.clip_act, self.clip_act)
-        return x, seen
+        return self._finish(mp_sum(x, y, self.residual_balance), see, seen, collect)
 
     def _drop(self, y: Tensor, dropout_mask) -> Tensor:
         if not self.training or self.dropout == 0:
@@ -143,6 +127,17 @@ class Block(nn.Module):
                 "the samples' positions; pass one, or call eval()"
             )
         return y * dropout_mask(self.layer, y.shape).to(y.dtype) * (1 / (1 - self.dropout))
+
+    def _finish(self, x: Tensor, see, seen: dict, collect: bool) -> tuple[Tensor, dict]:
+        """Attend where the block has heads, and clip."""
+        if self.num_heads:
+            y = self._attend(see("attn_qkv", self.attn_qkv(x)), seen if collect else None)
+            x = mp_sum(x, see("attn_proj", self.attn_proj(y)), self.attn_balance)
+        if self.clip_act:  # 0: off
+            if collect:
+                seen["clipped"] = (x.detach().abs() > self.clip_act).float().mean()
+            x = x.clamp(-self.clip_act, self.clip_act)
+        return x, seen
 
     def _attend(self, qkv: Tensor, seen: dict | None) -> Tensor:
         """Attend over pixels with unit-RMS q, k and v (cosine attention): |logit| <= sqrt(channels)."""
@@ -157,34 +152,7 @@ class Block(nn.Module):
         return y.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (height, width))
 
 
-def label_rows(labels: Tensor | None, label_dim: int, like: Tensor) -> Tensor:
-    """Return fp32 rows [N or 1, label_dim]: one-hot for classes; zeros for -1 and for no labels at all."""
-    if labels is None:
-        return torch.zeros(1, label_dim, device=like.device)
-    if labels.is_floating_point():
-        return labels.float().reshape(-1, label_dim)
-    return (labels[:, None] == torch.arange(label_dim, device=labels.device)).float()
-
-
-class Embedding(nn.Module):
-    """What a network knows of noise level and class: its base, not a part, because NVIDIA's names are flat."""
-
-    def make_embedding(self, noise_channels: int, emb_channels: int, label_dim: int, label_balance: float) -> None:
-        self.label_dim, self.label_balance = label_dim, label_balance
-        self.emb_fourier = MPFourier(noise_channels)
-        self.emb_noise = MPConv(noise_channels, emb_channels)
-        self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
-
-    def embed(self, c_noise: Tensor, labels: Tensor | None, see) -> Tensor:
-        """Return the fp32 embedding [N or 1, emb_channels]; `see(name, h)` takes note of magnitudes."""
-        emb = see("emb_noise", self.emb_noise(self.emb_fourier(c_noise)))
-        if self.emb_label is not None:
-            rows = label_rows(labels, self.label_dim, c_noise)
-            emb = mp_sum(emb, see("emb_label", self.emb_label(rows * math.sqrt(self.label_dim))), self.label_balance)
-        return mp_silu(emb)
-
-
-class UNet(Embedding):
+class UNet(Network):
     """The network F: image and noise level (and class) -> image, all of unit magnitude."""
 
     def __init__(
@@ -254,39 +222,8 @@ class UNet(Embedding):
         self.num_blocks = num_built
         self.out_conv = MPConv(width, channels, (3, 3))
 
-    def forward(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, dropout_mask=None, collect: bool = False
-    ) -> tuple[Tensor, dict]:
-        """Return F [N, C, H, W] in the type of `x`, and the magnitudes when `collect`.
-
-        `labels` are int64 [N] (-1 = none), rows [N, label_dim], or None; `c_noise` [N] (or [1]) fp32. The embedding
-        network runs in fp32. H and W need not be the nominal resolution, but must be divisible by 2^(levels - 1).
-        """
-        if x.shape[2] % (1 << self.num_levels - 1) or x.shape[3] % (1 << self.num_levels - 1):
-            raise ValueError(
-                f"input of {x.shape[2]}x{x.shape[3]} pixels: {self.num_levels} levels need multiples of "
-                f"{1 << self.num_levels - 1}; pad or crop it"
-            )
-        seen: dict[str, Tensor] = {}
-
-        def see(name: str, h: Tensor) -> Tensor:
-            if collect:
-                seen[name] = magnitude(h)
-            return h
-
-        emb = self.embed(c_noise, labels, see)
-
-        def run(name: str, block: Block, h: Tensor) -> Tensor:
-            if self.activation_checkpointing and self.training:
-                h, part = checkpoint(
-                    block, h, emb, dropout_mask, collect, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                h, part = block(h, emb, dropout_mask, collect)
-            seen.update({f"{name}.{key}": value for key, value in part.items()})
-            return h
-
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    def wire(self, x: Tensor, see, run) -> Tensor:
+        """Return what the last convolution sees of the input with its ones; `run(name, block, h)` runs a block on `h`."""
         skips = []
         for name, entry in self.enc.items():
             x = run(f"enc.{name}", entry, x) if isinstance(entry, Block) else see(f"enc.{name}", entry(x))
@@ -295,4 +232,4 @@ class UNet(Embedding):
             if takes_skip:
                 x = mp_cat(x, skips.pop(), self.concat_balance)
             x = run(f"dec.{name}", block, x)
-        return see("out_conv", self.out_conv(x, gain=self.out_gain)), seen
+        return x

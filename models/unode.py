@@ -24,11 +24,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models import ode
-from models.edm2 import Block, Embedding, magnitude
-from models.magnitude import EPS, SILU_RMS, MPConv, mp_cat, mp_sum, rms
+from models.edm2 import Block
+from models.magnitude import EPS, SILU_RMS, MPConv, mp_cat, rms
+from models.network import Network, magnitude
 
 SPLIT = "split"
 
@@ -125,15 +125,7 @@ class OdeBlock(Block):
             y = self._drop(F.silu(y * scale.to(y.dtype)), dropout_mask)
             return see("conv_res1", self.conv_res1(y, gain=1 / SILU_RMS))
 
-        x = see("state", self._solve(force, x, scale))
-        if self.num_heads:
-            y = self._attend(see("attn_qkv", self.attn_qkv(x)), seen if collect else None)
-            x = mp_sum(x, see("attn_proj", self.attn_proj(y)), self.attn_balance)
-        if self.clip_act:  # 0: off
-            if collect:
-                seen["clipped"] = (x.detach().abs() > self.clip_act).float().mean()
-            x = x.clamp(-self.clip_act, self.clip_act)
-        return x, seen
+        return self._finish(see("state", self._solve(force, x, scale)), see, seen, collect)
 
     def _solve(self, force, z: Tensor, scale: Tensor) -> Tensor:
         o = self.ode
@@ -166,7 +158,7 @@ def solve(slope, z: Tensor, options: dict, parameters) -> tuple[Tensor, int]:
     return ode.by_torchdiffeq(slope, z, method, options["steps"], **tolerances, parameters=parameters)
 
 
-class UNode(Embedding):
+class UNode(Network):
     """The network: image and noise level (and class) -> image, all of unit magnitude; one skip a level."""
 
     def __init__(
@@ -218,34 +210,8 @@ class UNode(Embedding):
         self.num_blocks = num_blocks
         self.out_conv = MPConv(width, channels, (3, 3))
 
-    def forward(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None, dropout_mask=None, collect: bool = False
-    ) -> tuple[Tensor, dict]:
-        """Return F [N, C, H, W] in the type of `x`, and the magnitudes when `collect`; as models/edm2.py's UNet."""
-        if x.shape[2] % (1 << self.num_levels - 1) or x.shape[3] % (1 << self.num_levels - 1):
-            raise ValueError(
-                f"input of {x.shape[2]}x{x.shape[3]} pixels: {self.num_levels} levels need multiples of "
-                f"{1 << self.num_levels - 1}; pad or crop it"
-            )
-        seen: dict[str, Tensor] = {}
-
-        def see(name: str, h: Tensor) -> Tensor:
-            if collect:
-                seen[name] = magnitude(h)
-            return h
-
-        emb = self.embed(c_noise, labels, see)
-
-        def run(name: str, block: OdeBlock, h: Tensor, skip: Tensor | None = None) -> Tensor:
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            if self.activation_checkpointing and self.training:
-                h, part = checkpoint(block, h, emb, dropout_mask, collect, skip, **options)
-            else:
-                h, part = block(h, emb, dropout_mask, collect, skip)
-            seen.update({f"{name}.{key}": value for key, value in part.items()})
-            return h
-
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    def wire(self, x: Tensor, see, run) -> Tensor:
+        """Return what the last convolution sees of the input with its ones; `run(name, block, h, skip)` runs a block on `h`."""
         skips = []
         for index, (name, entry) in enumerate(self.enc.items()):
             if index == 0:
@@ -256,5 +222,5 @@ class UNode(Embedding):
                 skips.append(x)
         skips.pop()  # of the lowest level, where the decoder begins
         for index, (name, entry) in enumerate(self.dec.items()):
-            x = run(f"dec.{name}", entry, x, skips.pop() if index % self.num_blocks == 0 else None)
-        return see("out_conv", self.out_conv(x, gain=self.out_gain)), seen
+            x = run(f"dec.{name}", entry, x, *([skips.pop()] if index % self.num_blocks == 0 else []))
+        return x

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.ddpm_unet import Attention, Conv, GroupNorm, NoiseEmbedding
-from models.edm2 import magnitude
+from models.network import magnitude
 from models.unode import fixed_evaluations, solve
 
 EMB_CHANNELS = 256  # of the released table, and of the working embedding

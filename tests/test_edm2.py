@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from models.denoiser import build
-from models.edm2 import Block, Resample, magnitude, magnitude_bucket
+from models.edm2 import Block, Resample, magnitude_bucket
 from models.magnitude import MPConv, normalize, normalize_rows_
+from models.network import magnitude
 from tests.test_magnitude import SMALL
 from trainer.loss import denoising_loss
 
