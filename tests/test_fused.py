@@ -105,7 +105,8 @@ def test_padded_channels_change_nothing(device, ins, outs):
 
 def examples(folder, device: str):
     from trainer.examples import Examples
-    from trainer.preset_benchmark import compose, write_samples
+    from trainer.preset_config import compose
+    from trainer.timed_loop import write_samples
 
     if not (folder / "data").exists():
         write_samples(folder / "data", 32, (8, 16, 16))

@@ -2,16 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
+from tests.test_child import alive
 from trainer import flops, roofline
 from trainer.benchmark import main
 from trainer.config import ROOT, load, to_dict
-from trainer.preset_benchmark import compose, fits
+from trainer.micro_batch_search import fits, search
+from trainer.preset_benchmark import alternate
+from trainer.preset_config import compose
 
 TINY = ["model.model_channels=16", "model.resolution=16", "model.attn_resolutions=[4]", "model.num_blocks=1"]
 
@@ -29,7 +34,13 @@ def test_a_preset_is_composed_as_hydra_does(preset):
     [
         (["--preset", "xs,huge"], "--preset huge: choose among l, m, s, xl, xs, xxl, xxs"),
         (["--preset", "xs", "--micro-batch", "0"], "--micro-batch 0: must be a number of images from 1, or auto"),
+        (["--preset", "xs", "--micro-batch", "-1"], "--micro-batch -1: must be a number of images from 1, or auto"),
+        (["--preset", "xs", "--micro-batch", "x"], "--micro-batch x: must be a number of images from 1, or auto"),
         (["--preset", "xs", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["--preset", "xs", "--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--preset", "xs", "--loop", "bare,bare"], "--loop bare,bare: must be one of deepspeed, bare, or both"),
+        (["--preset", "xs", "--loop", "fast"], "--loop fast: must be one of deepspeed, bare, or both"),
+        (["--preset", "xs", "--profile", "/dev/null/traces"], "Not a directory: '/dev/null/traces'"),
         (["--preset", "xs", "--device", "cpu", "engine.compil=true"], "did you mean engine.compile?"),
         (["--preset", "xs", "--device", "cpu", "nonsense"], "must be written key=value"),
     ],
@@ -62,9 +73,54 @@ def test_more_images_need_more_memory():
     assert fits(compose("xxs", [], 1, False), 4e9) and not fits(compose("xxs", [], 64, False), 4e9)
 
 
+def device_of(fitting: int, fastest: int):
+    """A device on which `fitting` images fit, and `fastest` are the fastest; it keeps what was asked of it."""
+    asked = []
+
+    def measure(micro_batch):
+        asked.append(micro_batch)
+        rate = min(micro_batch, fastest) - micro_batch / 1000
+        return {"micro_batch": micro_batch, "images_per_second": rate} if micro_batch <= fitting else None
+
+    return measure, asked
+
+
+@pytest.mark.parametrize("fitting", [0, 1, 4, 64, 200, 5000])
+@pytest.mark.parametrize("guess", [1, 16, 128, 5000])
+def test_the_search_ends_at_the_largest_that_fits_a_gpu(fitting, guess):
+    measure, asked = device_of(fitting, 10_000)
+    found = search(measure, lambda micro_batch: micro_batch <= guess, on_gpu=True)
+    fitting = min(fitting, 1024)
+    assert len(asked) == len(set(asked)), "no size is compiled twice"
+    assert max((r["micro_batch"] for r in found), default=0) == (2 ** (fitting.bit_length() - 1) if fitting else 0)
+
+
+def test_the_search_on_a_cpu_ends_where_nothing_is_gained_and_never_beyond_what_fits():
+    measure, asked = device_of(5000, 8)
+    search(measure, lambda micro_batch: True, on_gpu=False)
+    assert asked == [1, 2, 4, 8, 16]
+    measure, asked = device_of(5000, 5000)
+    search(measure, lambda micro_batch: micro_batch <= 4, on_gpu=False)
+    assert asked == [1, 2, 4]
+
+
+def test_ratios_are_those_of_a_round():
+    """A machine that slows down by half from round to round: rates differ, ratios do not."""
+    speed = {"bare": 2.0, "deepspeed": 1.0, "too large": None}
+    rounds = iter([8.0, 8.0, 4.0, 4.0, 2.0, 2.0])
+
+    def measure(row):
+        return {"loop": row["loop"], "images_per_second": speed[row["loop"]] * next(rounds)}
+
+    first = [measure({"loop": "bare"}), measure({"loop": "deepspeed"}), {"loop": "too large", "out_of_memory": True}]
+    bare, deepspeed, large = alternate(first, 3, measure)
+    assert bare["rounds"] == [16.0, 8.0, 4.0] and bare["images_per_second"] == 8.0 and bare["slower"] == 1
+    assert deepspeed["rounds"] == [8.0, 4.0, 2.0] and deepspeed["slower"] == 2 and deepspeed["slower_than"] == "bare"
+    assert large == first[2]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("loop", ["deepspeed", "bare"])
-def test_it_measures(loop, tmp_path, capsys):
+def test_it_measures(tmp_path, capsys):
     arguments = [
         "--preset",
         "xxs",
@@ -75,16 +131,44 @@ def test_it_measures(loop, tmp_path, capsys):
         "--steps",
         "2",
         "--loop",
-        loop,
-        "--json",
+        "bare,deepspeed",
     ]
-    assert main([*arguments, "--profile", str(tmp_path), *TINY]) == 0
-    (found,) = json.loads(capsys.readouterr().out)["training"]
-    assert found["loop"] == loop and (loop != "bare" or str(found["micro_batch"]) in found["tried"])
-    total = sum(value for name, value in found["part_seconds"].items() if name != "communication")
-    assert 0.7 < total / found["step_seconds"] <= 1.02, "the parts make up the step"
-    assert found["kernels_per_step"] > 100 and 0 < found["mfu"] < 1.5
-    assert json.loads((tmp_path / f"xxs-{found['micro_batch']}.json").read_text())["traceEvents"]
+    assert main([*arguments, "--rounds", "2", "--json", "--profile", str(tmp_path / "new"), *TINY]) == 0
+    rows = json.loads(capsys.readouterr().out)["training"]
+    assert [r["loop"] for r in rows] == ["bare", "deepspeed"] and len({r["micro_batch"] for r in rows}) == 1
+    assert str(rows[0]["micro_batch"]) in rows[0]["tried"] and rows[1]["slower_than"] == "bare"
+    for found in rows:
+        total = sum(value for name, value in found["part_seconds"].items() if name != "communication")
+        assert 0.7 < total / found["step_seconds"] <= 1.02, "the parts make up the step"
+        assert found["kernels_per_step"] > 100 and 0 < found["mfu"] < 1.5 and len(found["rounds"]) == 2
+        trace = tmp_path / "new" / f"xxs-{found['loop']}-{found['micro_batch']}.json"
+        assert json.loads(trace.read_text())["traceEvents"]
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(number) for number in file.read().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_ctrl_c_leaves_nothing_behind(sent, status, tmp_path):
+    command = [sys.executable, "-m", "trainer.benchmark", "--preset", "xxs", "--device", "cpu", "--steps", "100000"]
+    known = os.environ | {"TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen(
+        [*command, "--micro-batch", "1", *TINY], cwd=ROOT, env=known, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("tmp*/data/manifest.json")):  # it measures
+        assert parent.poll() is None
+        time.sleep(0.1)
+    (measuring,) = children(parent.pid)
+    parent.send_signal(sent)
+    told = parent.communicate(timeout=30)[1]
+    assert parent.returncode == status and "Traceback" not in told
+    deadline = time.monotonic() + 10
+    while alive(measuring) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(measuring) and not list(tmp_path.glob("tmp*"))
 
 
 @pytest.mark.slow

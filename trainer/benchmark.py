@@ -244,7 +244,10 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help="comma list of xxs, xs, s, m, l, xl, xxl: their speed on this device instead")
     parser.add_argument("--micro-batch", default="auto", help="images, or auto: the fastest power of 2 that fits")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--loop", choices=("deepspeed", "bare"), help="default: deepspeed where it is installed")
+    parser.add_argument("--loop", help="deepspeed (default where it is installed), bare, or both: bare,deepspeed")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="measure each loop as often, in alternation: the median counts"
+    )
     parser.add_argument("--batch", type=int, default=16, help="with --table sampling: images at once")
     parser.add_argument(
         "--compiled", action="store_true", help="with --table sampling: compiled too, which takes minutes"

@@ -7,7 +7,6 @@ and nothing that is done is done twice: a command that was stopped or killed goe
 """
 
 import argparse
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -23,6 +22,7 @@ from pathlib import Path
 from data_pipeline import durable, manifest
 from data_pipeline.progress import Progress
 from trainer import config, state
+from trainer.child import die_with_parent
 from trainer.groups import Data
 from trainer.typed import build, list_of, one_of, required
 
@@ -145,7 +145,7 @@ def _train(cell: Cell, progress: Progress, lock: int) -> None:
     environment = {"OMP_NUM_THREADS": "1"} | {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     with open(cell.folder / "trainer.log", "ab") as log:
         options = {"cwd": config.ROOT, "env": environment, "stdout": log, "stderr": log, "pass_fds": (lock,)}
-        child = subprocess.Popen(command, preexec_fn=_die_with_parent, process_group=0, **options)
+        child = subprocess.Popen(command, preexec_fn=die_with_parent, process_group=0, **options)
     try:
         while child.poll() is None:
             time.sleep(LOOK_SECONDS)
@@ -160,14 +160,6 @@ def _train(cell: Cell, progress: Progress, lock: int) -> None:
         last = (cell.folder / "trainer.log").read_text(errors="replace").strip().splitlines()[-1:]
         raise ValueError(f"{cell.folder}: training ended with status {child.returncode}: {''.join(last)}")
     progress.advance(cell.config.duration_images - seen)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent dies (Linux, PR_SET_PDEATHSIG is 1): two never train one run."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    except (OSError, AttributeError):
-        pass  # no Linux: an orphan ends by itself, at the end of its cell
 
 
 def measure(cell: Cell, options: str) -> dict:

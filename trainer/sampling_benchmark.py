@@ -15,7 +15,7 @@ from trainer import flops
 from trainer.config import to_dict
 from trainer.drawing import Drawing, Settings
 from trainer.peaks import peak_flops
-from trainer.preset_benchmark import compose
+from trainer.preset_config import compose
 from trainer.roofline import synchronize
 
 SMALL = {"resolution": 16, "channels": 4, "label_dim": 10, "model_channels": 32, "channel_mult": [1, 2, 2], "num_blocks": 1,
