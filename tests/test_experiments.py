@@ -96,3 +96,17 @@ def test_a_difference_is_paired_and_resolved_by_student():
     assert (mean, half) == (pytest.approx(1.1), pytest.approx(4.303 * 0.1 / 3**0.5)) and resolved
     assert not experiment_report.difference({0: 11.0, 1: 19.0, 2: 30.5}, seeds)[2]
     assert not experiment_report.difference({0: 11.0}, seeds)[2]
+
+
+def test_levels_are_tabulated_with_all_that_was_measured_of_them():
+    sweep = [{"steps": 1, "psnr": 20.0}, {"steps": 2, "psnr": 22.0}]
+    level = {"noise": 0.1, "steps": 2, "best": 22.0, "told": 20.0, "sweep": sweep}
+    rows = []
+    for seed, shift in ((0, 0.0), (1, 1.0)):
+        values = {"levels": [level | {"best": 22.0 + shift, "SSIM": 0.5}, level | {"noise": 0.2}]}
+        for at, value in experiment_report.curve("chain", values):
+            rows.append({"arm": "edm2", "seed": seed, "metric": "chain", "at": at, "value": value})
+    made = experiment_report.by_level(rows, "chain").splitlines()
+    assert made[0] == "| chain, by noise | 0.1 | 0.2 |"
+    assert made[2] == "| edm2 | 22.50 / 0.500, K 2.0 (20.00) | 22.00, K 2.0 (20.00) |"
+    assert {"K1 0.1", "K2 0.2"} <= {r["at"] for r in rows} and experiment_report.by_level(rows, "loss") == ""

@@ -2,7 +2,8 @@
 
     digits      share of drawn digits that a classifier of real ones reads as asked for (the demo)
     loss        loss per logSNR bin on given data: no sampling, the cheapest
-    denoise     PSNR of noisy data made clean, over noise levels: no sampling
+    denoise     PSNR and SSIM of noisy data made clean, over noise levels: no sampling
+    chain       ... by K steps of a reverse chain, the best K: the U-Node paper's protocol
     latent      Frechet distance, precision and recall of the whitened latents themselves: nothing to download
     fid         Frechet distance of Inception features; needs --weights fid=FILE
     fd_dinov2   ... of DINOv2 features; needs --weights fd_dinov2=FILE
@@ -18,6 +19,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,7 +27,16 @@ import torch
 from data_pipeline.durable import write_atomically
 from data_pipeline.progress import Progress
 from models.noise import sigma_from_logsnr
-from trainer import digit_labels, evaluations, features, frechet, heldout, robustness, trained_range
+from trainer import (
+    digit_labels,
+    evaluations,
+    features,
+    frechet,
+    heldout,
+    reverse_chain,
+    robustness,
+    trained_range,
+)
 from trainer.drawing import Drawing, positions_of
 from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
 
@@ -68,9 +79,17 @@ def loss(subject: Subject, options: argparse.Namespace) -> dict:
 
 def denoise(subject: Subject, options: argparse.Namespace) -> dict:
     """Average the PSNR of one evaluation over noise levels."""
-    data = _data(subject, options)
-    drawing = subject.drawing
-    result = robustness.summary(robustness.psnr(drawing.network, data, options.batch, drawing.device))
+    return _cleaned(robustness, subject, options)
+
+
+def chain(subject: Subject, options: argparse.Namespace) -> dict:
+    """Average the PSNR of each noise level's best number of reverse steps."""
+    return _cleaned(reverse_chain, subject, options)
+
+
+def _cleaned(way: ModuleType, subject: Subject, options: argparse.Namespace) -> dict:
+    data, drawing = _data(subject, options), subject.drawing
+    result = way.summary(way.measure(drawing.network, data, options.batch, drawing.device))
     return {"value": result["mean"], "better": "high", "data": data.name, **result}
 
 
@@ -146,6 +165,7 @@ METRICS = {
     "digits": digits,
     "loss": loss,
     "denoise": denoise,
+    "chain": chain,
     **{kind: functools.partial(frechet_distance, kind) for kind in ("latent", "fid", "fd_dinov2")},
 }
 
@@ -167,6 +187,13 @@ def say(name: str, result: dict) -> str:
             for v in result["levels"]
         )
         return f"denoise: {result['mean']:.2f} dB over {result['images']} images of {result['data']}; {levels}"
+    if name == "chain":
+        levels = "  ".join(
+            f"{v['noise']:g}: {v['best']:.2f} (K {v['steps']}, as told {v['told']:.2f})" for v in result["levels"]
+        )
+        return (
+            f"chain: {result['mean']:.2f} dB at the best K over {result['images']} images of {result['data']}; {levels}"
+        )
     more = f", precision {result['precision']:.3f}, recall {result['recall']:.3f}" if "precision" in result else ""
     remark = "" if result["comparable"] else "; not comparable with published figures"
     return f"{name}: {result['value']:.4f}{more} ({result['images']} images, {result['features']}{remark})"

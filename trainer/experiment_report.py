@@ -13,6 +13,7 @@ from data_pipeline.durable import write_atomically
 # Student's t, two-sided 95 %, by degrees of freedom
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 NORMAL_95 = 1.96
+PANELS_ABREAST = 5
 BETTER = {
     "loss": "lower",
     "latent": "lower",
@@ -20,6 +21,12 @@ BETTER = {
     "fd_dinov2": "lower",
     "digits": "higher",
     "denoise": "higher",
+    "chain": "higher",
+}
+# what a table by noise level says in a cell, and how; the first is also drawn as a curve
+CELLS = {
+    "denoise": {"denoised": "{:.2f}", "SSIM": " / {:.3f}", "path": " ({:.2f})", "noisy": ""},
+    "chain": {"best": "{:.2f}", "SSIM": " / {:.3f}", "steps": ", K {:.1f}", "told": " ({:.2f})"},
 }
 CENTRE = 2  # |logsnr| below this is where Hang et al. want a schedule's mass
 
@@ -28,11 +35,12 @@ def curve(metric: str, values: dict) -> list[tuple[str, float]]:
     """Return (place, value) of what a metric says beyond its one figure."""
     if metric == "loss":
         return [(f"{sum(b['logsnr']) / 2:g}", b["loss"]) for b in values["bins"]]
-    if metric == "denoise":
-        return [(f"{v['noise']:g}", v["denoised"]) for v in values["levels"]] + [
-            (f"{kind} {v['noise']:g}", v[kind]) for kind in ("path", "noisy") for v in values["levels"]
-        ]
-    return []
+    found = []
+    for v in values["levels"] if metric in CELLS else ():
+        plain, *others = (key for key in CELLS[metric] if key in v)
+        found += [(f"{v['noise']:g}", v[plain])] + [(f"{key} {v['noise']:g}", v[key]) for key in others]
+        found += [(f"K{s['steps']} {v['noise']:g}", s["psnr"]) for s in v.get("sweep", ())]
+    return found
 
 
 def figures(rows: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
@@ -91,6 +99,28 @@ def markdown(rows: list[dict], baseline: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def by_level(rows: list[dict], metric: str) -> str:
+    """Return a table of means over seeds: a row per arm, a column per noise level; "" where the metric has none."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["metric"] == metric and row["at"]:
+            values.setdefault((row["arm"], row["at"]), []).append(row["value"])
+    noises = list(dict.fromkeys(at for _, at in values if " " not in at))
+    if metric not in CELLS or not noises:
+        return ""
+    plain, *_ = CELLS[metric]
+    lines = [f"| {metric}, by noise | " + " | ".join(noises) + " |", "| --- |" + " ---: |" * len(noises)]
+    for arm in dict.fromkeys(arm for arm, _ in values):
+        cells = []
+        for noise in noises:
+            places = {key: (arm, noise if key == plain else f"{key} {noise}") for key in CELLS[metric]}
+            cells.append(
+                "".join(CELLS[metric][k].format(statistics.mean(values[p])) for k, p in places.items() if p in values)
+            )
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def table(rows: list[dict]) -> str:
     """Return the rows as CSV."""
     text = io.StringIO()
@@ -118,10 +148,13 @@ def draw(path: Path, rows: list[dict], baseline: str, plot: str) -> None:
     from matplotlib import pyplot
 
     found, lines = figures(rows), curves(rows)
-    figure, axes = pyplot.subplots(
-        1, len(found) + len(lines), figsize=(4 * (len(found) + len(lines)), 3.6), layout="constrained", squeeze=False
-    )
-    panels = iter(axes[0])
+    panels = len(found) + len(lines)
+    columns = min(panels, PANELS_ABREAST)
+    shape = -(-panels // columns), columns
+    figure, axes = pyplot.subplots(*shape, figsize=(4 * columns, 3.6 * shape[0]), layout="constrained", squeeze=False)
+    for empty in axes.flat[panels:]:
+        empty.axis("off")
+    panels = iter(axes.flat)
     for metric, arms in found.items():
         axis = next(panels)
         for i, (arm, values) in enumerate(arms.items()):
@@ -145,7 +178,7 @@ def draw(path: Path, rows: list[dict], baseline: str, plot: str) -> None:
 def write(folder: Path, name: str, rows: list[dict], baseline: str, plot: str) -> list[str]:
     """Write the three files and return what to print: the table, and where the files lie."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = markdown(rows, baseline)
+    text = "\n".join([markdown(rows, baseline), *filter(None, (by_level(rows, metric) for metric in CELLS))])
     write_atomically(folder / f"{name}.csv", table(rows).encode())
     write_atomically(folder / f"{name}.md", text.encode())
     files = [f"{name}.csv", f"{name}.md", f"{name}.png"]

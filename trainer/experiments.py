@@ -193,6 +193,8 @@ def rows(found: list[tuple[Cell, dict]]) -> list[dict]:
         common |= {"forward_flops": counts.forward_flops, "images": cell.config.duration_images}
         for metric, values in metrics.items():
             result.append({**common, "metric": metric, "at": "", "value": values["value"]})
+            for name, value in values.get("also", {}).items():
+                result.append({**common, "metric": f"{metric}, {name}", "at": "", "value": value})
             result += [{**common, "metric": metric, "at": at, "value": value} for at, value in curve(metric, values)]
     return result
 
