@@ -245,6 +245,7 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", default="auto", help="images, or auto: the fastest power of 2 that fits")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--loop", help="deepspeed (default where it is installed), bare, or both: bare,deepspeed")
+    parser.add_argument("--reference", metavar="FOLDER", help="your clone of github.com/NVlabs/edm2: measured as well")
     parser.add_argument(
         "--rounds", type=int, default=1, help="measure each loop as often, in alternation: the median counts"
     )

@@ -2,10 +2,13 @@
 
 The real step on one device (trainer/timed_loop.py), no accumulation, so that the optimizer weighs most. Each measurement runs in a
 process of its own: memory that was used up is gone with it. Beside the times stands what they must be at least
-(trainer/roofline.py). Several loops are measured at the same micro-batch, in alternation.
+(trainer/roofline.py). Several loops are measured at the same micro-batch, in alternation; `--reference FOLDER` adds EDM2's
+reference from the user's clone (trainer/reference_loop.py).
 """
 
 import argparse
+import copy
+import functools
 import importlib.util
 import json
 import os
@@ -18,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from trainer import child, micro_batch_search, roofline, timed_loop
-from trainer.config import ROOT
+from trainer import child, micro_batch_search, reference_loop, roofline, timed_loop
+from trainer.config import ROOT, Config
 from trainer.engine import device
 from trainer.preset_config import compose
 from trainer.preset_table import tables
@@ -33,6 +36,7 @@ def in_own_process(options: argparse.Namespace, preset: str, loop: str, micro_ba
     command = [sys.executable, "-m", "trainer.benchmark", "--preset", preset, "--micro-batch", str(micro_batch)]
     command += ["--device", options.device, "--steps", str(options.steps), "--loop", loop, "--here"]
     command += ["--profile", options.profile] if options.profile else []
+    command += ["--reference", options.reference] if loop == "reference" else []
     known = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if options.device == "cpu":
         known["CUDA_VISIBLE_DEVICES"] = ""
@@ -40,6 +44,8 @@ def in_own_process(options: argparse.Namespace, preset: str, loop: str, micro_ba
     if done.returncode == 2:
         told = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr.strip()]
         raise ValueError(told[-1].removeprefix("error: "))
+    if done.returncode == -signal.SIGKILL:
+        done.returncode, done.stdout = 0, MARK + "null"  # what the kernel does where a machine's memory runs out
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
     result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith(MARK)).removeprefix(MARK))
@@ -48,41 +54,45 @@ def in_own_process(options: argparse.Namespace, preset: str, loop: str, micro_ba
     return {"preset": preset} | result if result else None
 
 
-def best(options: argparse.Namespace, preset: str, loop: str) -> dict:
-    """Return the fastest measurement of a preset: at the micro-batch that is asked for, or of all powers of 2 that fit."""
-
-    def measure(micro_batch: int) -> dict | None:
-        return in_own_process(options, preset, loop, micro_batch)
-
-    if options.micro_batch != "auto":
-        result = measure(int(options.micro_batch))
-        if result is None:
-            raise ValueError(
-                f"--micro-batch {options.micro_batch}: preset {preset} ran out of memory; use a smaller one or auto"
-            )
-        return result
+def best(options: argparse.Namespace, preset: str, loop: str, measure) -> dict | None:
+    """Return the fastest `measure(preset, loop, micro_batch)` of all powers of 2 that fit, None where not even 1 does."""
     on_gpu = options.device == "cuda"
     memory = micro_batch_search.memory(on_gpu)
 
     def should_fit(micro_batch: int) -> bool:
         return micro_batch_search.fits(compose(preset, options.overrides, micro_batch, on_gpu), memory)
 
-    found = micro_batch_search.search(measure, should_fit, on_gpu)
+    found = micro_batch_search.search(lambda size: measure(preset, loop, size), should_fit, on_gpu)
     if not found:
-        raise ValueError(f"--preset {preset}: not even one image fits this device's memory; choose a smaller preset")
+        return None
     tried = {r["micro_batch"]: r["images_per_second"] for r in found}
     return max(found, key=lambda r: r["images_per_second"]) | {"tried": tried}
 
 
 def compare(options: argparse.Namespace, preset: str) -> list[dict]:
-    """Return a row for each loop, all at the first one's micro-batch; the others' say how much slower they are."""
-    loops = options.loop.split(",")
-    rows = [best(options, preset, loops[0])]
-    for loop in loops[1:]:
-        row = in_own_process(options, preset, loop, rows[0]["micro_batch"])
-        rows.append(
-            row or {"preset": preset, "loop": loop, "micro_batch": rows[0]["micro_batch"], "out_of_memory": True}
+    """Return a row for each loop, all at the first one's micro-batch, and one for the reference at its own best.
+
+    The first one's is the micro-batch that is asked for, or its fastest.
+    """
+    first, *others = options.loop.split(",")
+    measure = functools.cache(functools.partial(in_own_process, options))  # the searches of two loops may meet
+    if options.micro_batch == "auto":
+        row = best(options, preset, first, measure)
+        if row is None:
+            raise ValueError(
+                f"--preset {preset}: not even one image fits this device's memory; choose a smaller preset"
+            )
+    elif (row := measure(preset, first, int(options.micro_batch))) is None:
+        raise ValueError(
+            f"--micro-batch {options.micro_batch}: preset {preset} ran out of memory; use a smaller one or auto"
         )
+    rows, micro_batch = [row], row["micro_batch"]
+    for loop in others:
+        lost = {"preset": preset, "loop": loop, "micro_batch": micro_batch, "out_of_memory": True}
+        rows.append(measure(preset, loop, micro_batch) or lost)
+        if loop == "reference" and options.micro_batch == "auto":
+            own = best(options, preset, loop, measure)
+            rows += [own] if own and own["micro_batch"] != micro_batch else []
     return alternate(rows, options.rounds, lambda r: in_own_process(options, preset, r["loop"], r["micro_batch"]))
 
 
@@ -122,6 +132,10 @@ def run(options: argparse.Namespace) -> int:
             return _here(options)
         for preset in presets:  # what is wrong is told before anything runs
             compose(preset, options.overrides, 1, options.device == "cuda")
+        if options.reference:
+            once = copy.copy(options)
+            once.steps, once.profile = 1, None
+            in_own_process(once, presets[0], "reference", 1)
         results = []
         for preset in presets:
             with Console(stderr=True).status(f"measuring {preset} ..."):
@@ -149,10 +163,8 @@ def _here(options: argparse.Namespace) -> int:
     name = f"{options.preset}-{options.loop}-{options.micro_batch}.json"
     try:
         rates = roofline.measure(device(), config.engine.activations)
-        loop = timed_loop.Loop(config, options.loop == "bare")
-        result = timed_loop.measure(
-            loop, rates, options.steps, Path(options.profile, name) if options.profile else None
-        )
+        loop, profile = _open(config, options), Path(options.profile, name) if options.profile else None
+        result = timed_loop.measure(loop, rates, options.steps, profile)
         loop.close()
     except RuntimeError as error:  # torch.OutOfMemoryError is one; libraries that find no room say so in words
         if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")):
@@ -162,6 +174,12 @@ def _here(options: argparse.Namespace) -> int:
     return 0
 
 
+def _open(config: Config, options: argparse.Namespace) -> timed_loop.Loop | reference_loop.ReferenceLoop:
+    if options.loop == "reference":
+        return reference_loop.ReferenceLoop(config, reference_loop.find(options.reference))
+    return timed_loop.Loop(config, options.loop == "bare")
+
+
 def _check(options: argparse.Namespace) -> None:
     """Fill in what depends on the machine; ValueError for what it cannot do, OSError where nothing can be written."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,9 +187,14 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or look at nvidia-smi")
     deepspeed = importlib.util.find_spec("deepspeed") is not None
     options.loop = options.loop or ("deepspeed" if deepspeed else "bare")
-    loops = options.loop.split(",")
-    if not set(loops) <= set(LOOPS) or len(set(loops)) < len(loops):
-        raise ValueError(f"--loop {options.loop}: must be one of {', '.join(LOOPS)}, or both with a comma between them")
+    loops, known = options.loop.split(","), LOOPS + (("reference",) if options.reference else ())
+    if not set(loops) <= set(known) or len(set(loops)) < len(loops):
+        more = "" if options.reference else "; reference goes with --reference FOLDER"
+        raise ValueError(f"--loop {options.loop}: must be of {', '.join(known)}, with commas between them{more}")
+    if options.reference:
+        options.reference = str(reference_loop.find(options.reference))
+        if "reference" not in loops:
+            options.loop += ",reference"
     if "deepspeed" in loops and not deepspeed:
         raise ValueError(f"--loop {options.loop}: deepspeed is not installed; use --loop bare")
     if options.micro_batch != "auto" and not (options.micro_batch.isdecimal() and int(options.micro_batch)):
