@@ -24,7 +24,8 @@ namespace {
 using at::Tensor;
 
 constexpr int LANES = 16;
-constexpr int64_t NEAR = 256;  // elements: how far ahead moments and averages are asked for
+constexpr int64_t NEAR = 64;  // elements: how far ahead moments and averages are asked for
+constexpr int STREAMS = 4;  // in a read alone, which one stream leaves waiting for memory a quarter of the time
 constexpr float EPS = 1e-4f;  // models/magnitude.py
 constexpr int64_t PLAIN = -2, ROW = -1;
 
@@ -94,8 +95,8 @@ inline Lanes step(const Pointers& p, int64_t i, int64_t count, int64_t ahead, fl
   auto put = [&](float* to, const Lanes& v) { std::memcpy(to + i, &v, bytes); };
   if (whole) {
     __builtin_prefetch(p.w + i + ahead), __builtin_prefetch(p.g + i + ahead);
-    __builtin_prefetch(p.m + i + NEAR), __builtin_prefetch(p.v + i + NEAR);
-    for (int a = 0; a < AVERAGES; ++a) __builtin_prefetch(averages[a] + i + NEAR);
+    __builtin_prefetch(p.m + i + NEAR, 1), __builtin_prefetch(p.v + i + NEAR, 1);
+    for (int a = 0; a < AVERAGES; ++a) __builtin_prefetch(averages[a] + i + NEAR, 1);
   }
   const Lanes old = get(p.w), g = (get(p.g) - along * old) * scale;
   Lanes m = get(p.m), v = get(p.v);
@@ -183,16 +184,19 @@ Tensor norms(at::TensorList tensors) {
   float* to = out.mutable_data_ptr<float>();
   for (const Tensor& t : tensors) {
     const float* from = t.const_data_ptr<float>();
-    Lanes sums[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= t.numel(); i += 4 * LANES)
-      for (int part = 0; part < 4; ++part) {
-        __builtin_prefetch(from + i + part * LANES + 4 * NEAR);
-        const Lanes x = load(from + i + part * LANES);
-        sums[part] += x * x;
-      }
-    float sum = total(sums[0] + sums[1] + (sums[2] + sums[3]));
-    for (; i < t.numel(); ++i) sum += from[i] * from[i];
+    const int64_t part = t.numel() / (2 * STREAMS * LANES) * 2 * LANES;  // of a stream
+    Lanes sums[STREAMS][2] = {};
+    for (int64_t i = 0; i < part; i += 2 * LANES)
+      for (int s = 0; s < STREAMS; ++s)
+        for (int half = 0; half < 2; ++half) {
+          const float* at = from + s * part + i + half * LANES;
+          __builtin_prefetch(at + 512, 0, 2);
+          const Lanes x = load(at);
+          sums[s][half] += x * x;
+        }
+    float sum = 0;
+    for (int s = 0; s < STREAMS; ++s) sum += total(sums[s][0] + sums[s][1]);
+    for (int64_t i = STREAMS * part; i < t.numel(); ++i) sum += from[i] * from[i];
     *to++ = std::sqrt(sum);
   }
   return out;

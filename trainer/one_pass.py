@@ -48,11 +48,12 @@ class OnePass:
         """Return the norm of each tensor, finite where all its entries are, [number]."""
         return torch.stack(torch._foreach_norm(grads)) if self.on_gpu else torch.ops.evenkeel.norms(grads)
 
-    def __call__(self, cut: Tensor, learning_rate: float, gradient_scale: float, weights: list[float]) -> None:
+    def __call__(
+        self, grads: list[Tensor], cut: Tensor, learning_rate: float, gradient_scale: float, weights: list[float]
+    ) -> None:
         """Step; `cut` [2, slots] holds <w, w> and <w, g> of cut rows, `weights` how far each average moves."""
         o = self.optimizer
         masters, first, second, averages = self.state
-        grads = [f.grad for f in o.fragments]
         step = next(iter(o.adam.state.values()))["step"]  # all tensors have taken the same steps
         corrections = torch.stack([1 - torch.pow(beta, step.double()) for beta in self.betas])
         numbers = (gradient_scale, learning_rate, *self.betas, self.eps)

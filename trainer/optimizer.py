@@ -40,7 +40,7 @@ class Fragment:
     @property
     def grad(self) -> Tensor:
         """Return the 1-D view of the gradient that belongs to `master`."""
-        return self.flat.grad.view(-1)[self.offset : self.offset + self.master.numel()]
+        return self.flat.grad.view(-1).narrow(0, self.offset, self.master.numel())
 
     def state(self, adam: torch.optim.Adam, key: str) -> Tensor:
         """Return the 1-D view of one of Adam's moments that belongs to `master`."""
@@ -214,12 +214,12 @@ class MagnitudeAdam:
             self.adam.found_inf = self.masked
             self._project(cut)
         else:
-            self._step_in_one_pass(cut)
+            self._step_in_one_pass(grads, cut)
 
-    def _step_in_one_pass(self, cut: Tensor) -> None:
+    def _step_in_one_pass(self, grads: list[Tensor], cut: Tensor) -> None:
         torch._foreach_add_([state["step"] for state in self.adam.state.values()], 1 - self.masked)
         weights = [] if self.ema is None else self.ema.weights(self._clock_after, self._batch)
-        self._one_pass(cut, self.adam.param_groups[0]["lr"], self._gradient_scale, weights)
+        self._one_pass(grads, cut, self.adam.param_groups[0]["lr"], self._gradient_scale, weights)
         # torch's Adam passes over what has no gradient; it gets them back when it is done
         self._taken = [(p, p.grad) for group in self.adam.param_groups for p in group["params"] if p.grad is not None]
         for p, _ in self._taken:
