@@ -221,7 +221,7 @@ def submit_all(points: list[Point], base: Config, parallel: int, after: str, roo
             lines.append(f"{point.name}: Slurm job {slurm.job_of(point.run)} is {state}")
             continue
         lane, before = lanes.next()
-        waits = ",".join(filter(None, (after, f"afterany:{':'.join(before)}" if before else "")))
+        waits = ",".join(filter(None, (after, before)))
         point.run.mkdir(parents=True, exist_ok=True)
         lock = run_directory.hold(point.run)
         said = run_directory.prepare(point.config, root)[0]
@@ -249,9 +249,10 @@ class _Lanes:
         for lane, job_id in tails.items():
             self.tails[lane % parallel].append(job_id)
 
-    def next(self) -> tuple[int, list[str]]:
+    def next(self) -> tuple[int, str]:
+        """Return the shortest lane and the dependency on its last job, however that ends: a bad point must not hold up others."""
         lane = min(range(len(self.tails)), key=lambda k: self.lengths[k])
-        return lane, self.tails[lane]
+        return lane, f"afterany:{':'.join(self.tails[lane])}" if self.tails[lane] else ""
 
     def put(self, lane: int, job_id: str) -> None:
         self.tails[lane] = [job_id]

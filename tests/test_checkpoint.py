@@ -62,8 +62,8 @@ def no_space(tensors, path):
     raise OSError(28, "No space left on device")
 
 
-def kept(run: str) -> tuple[list[str], list[str], list[str]]:
-    """Keep one, where a damaged one lies beyond the clock; one and those at multiples of 24 images; two of the living."""
+def kept(run: str) -> list[list[str]]:
+    """Keep one, where a damaged one lies beyond the clock; one and those at multiples of 24; two of the living; two readable."""
     from trainer.checkpoint import list_checkpoints
     from trainer.engine import Engine, start_process_group
 
@@ -87,7 +87,28 @@ def kept(run: str) -> tuple[list[str], list[str], list[str]]:
         writer.header |= {"life_start": 12} if life == 2 else {}
         writer.save(clock, life, extras={})
         writer.wait()
-    return one, [p.name for p in list_checkpoints(every)], [p.name for p in list_checkpoints(lives)]
+    unreadable = Path(run) / "unreadable"
+    writer = writer_of(unreadable, engine, keep_last=2)
+    left = []
+    for clock in (12, 24, 36, 48):
+        writer.save(clock, life=1, extras={})
+        writer.wait()
+        if clock == 24:
+            (unreadable / "checkpoints/0000000024/manifest.json").write_text("{")
+        left.append("+".join(sorted(str(int(p.name)) for p in list_checkpoints(unreadable))))
+    return [*([p.name for p in list_checkpoints(run)] for run in (every, lives)), one, left]
+
+
+def choose_one(run: str) -> str:
+    """Return the name of the checkpoint to go on from, or why there is none."""
+    from trainer import checkpoint
+    from trainer.engine import start_process_group
+
+    start_process_group()
+    try:
+        return checkpoint.choose(Path(run), print).name
+    except ValueError as error:
+        return str(error)
 
 
 def load_and_save(source: str, target: str, stage: int) -> tuple[int, bool]:
@@ -140,8 +161,26 @@ def test_only_the_last_are_kept_and_verify(saved):
 
 def test_a_damaged_newer_one_does_not_push_out_the_good_one_and_some_are_kept_for_good(tmp_path):
     assert on_ranks(1, kept, str(tmp_path)) == [
-        (["0000000024", "0000000099"], ["0000000024", "0000000048", "0000000060"], ["0000000012", "0000000036"])
+        [
+            ["0000000024", "0000000048", "0000000060"],
+            ["0000000012", "0000000036"],
+            ["0000000024", "0000000099"],
+            ["12", "12+24", "12+24+36", "36+48"],  # 24 can't be read: it neither counts nor goes before its time
+        ]
     ]
+
+
+def test_a_checkpoint_of_a_later_program_is_never_gone_back_behind(saved, tmp_path):
+    import shutil
+
+    from trainer.checkpoint import seal
+
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    manifest = run / "checkpoints/0000000036/manifest.json"
+    manifest.write_text(json.dumps(seal(json.loads(manifest.read_text()) | {"version": 2})))
+    [said] = on_ranks(1, choose_one, str(run))
+    assert "format version 2 is newer" in said and "update" in said
 
 
 def test_latest_moves_last_and_is_never_followed_to_something_incomplete(saved, tmp_path):

@@ -118,3 +118,12 @@ def test_a_sweep_of_another_version_is_refused(root, capsys):
     (folder / "sweep.json").write_text(json.dumps({"version": 99, "points": {}}))
     status, _, err = submit_here(root, capsys, "--sweep", "seed=1")
     assert status == 2 and "version 99" in err
+
+
+def test_a_lane_goes_on_however_the_point_before_ended(tmp_path):
+    lanes, given = points._Lanes(tmp_path, 2), []
+    for job_id in ("7", "8", "9", "10"):
+        lane, before = lanes.next()
+        lanes.put(lane, job_id)
+        given.append((lane, before))
+    assert given == [(0, ""), (1, ""), (0, "afterany:7"), (1, "afterany:8")]

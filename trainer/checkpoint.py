@@ -11,6 +11,7 @@ with its final name is whole. The file `latest` names the newest; it moves last,
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -46,14 +47,19 @@ def list_checkpoints(run: Path) -> list[Path]:
     What a later life saved is newer than what an abandoned one left beyond it.
     """
     found = [p for p in (Path(run) / "checkpoints").glob("[0-9]*") if (p / "manifest.json").is_file()]
-    return sorted(found, key=lambda p: (_life(p), p.name))
+    return sorted(found, key=lambda p: (_number(p, "life", unreadable=math.inf), p.name))
 
 
-def _life(checkpoint: Path) -> float:
+def _number(checkpoint: Path, key: str, unreadable: float = 0.0) -> float:
     try:
-        return float(json.loads((checkpoint / "manifest.json").read_text())["life"])
+        return float(read_manifest(checkpoint)[key])
     except (OSError, ValueError, KeyError, TypeError):
-        return float("inf")
+        return unreadable
+
+
+def is_readable(checkpoint: Path) -> bool:
+    """Say whether the manifest can be read; nothing is said of the files."""
+    return _number(checkpoint, "life", unreadable=-1) >= 0
 
 
 def latest(run: Path) -> Path | None:
@@ -94,8 +100,8 @@ def verify(checkpoint: Path) -> list[str]:
 def choose(run: Path, say) -> Path | None:
     """Return the newest whole checkpoint, the same on every rank; None where the run has none yet. Collective.
 
-    A damaged one is reported through `say` and the one before it is used. Raise ValueError where none is whole: to begin again at 0
-    would overwrite what the run has made.
+    A damaged one is reported through `say` and the one before it is used. Raise ValueError where none is whole, or the newest is of
+    a later program: to begin again at 0, or before it, would overwrite what the run has made.
     """
     chosen, refusal = None, ""
     if dist.get_rank() == 0:
@@ -103,6 +109,9 @@ def choose(run: Path, say) -> Path | None:
             problems = verify(candidate)
             if not problems:
                 chosen, refusal = candidate, ""
+                break
+            if _number(candidate, "version") > VERSION:
+                refusal = problems[0]
                 break
             refusal = (
                 f"{problems[0]}; no checkpoint before it is whole; copy one back, or move {run} away to start anew"

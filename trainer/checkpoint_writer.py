@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data_pipeline.durable import sync_folder, write_atomically
-from trainer.checkpoint import VERSION, abandoned, hash_file, list_checkpoints, seal, state
+from trainer.checkpoint import VERSION, abandoned, hash_file, is_readable, list_checkpoints, seal, state
 from trainer.engine import Engine
 from trainer.state import tell
 
@@ -148,10 +148,12 @@ class CheckpointWriter:
         found = list_checkpoints(self.run)
         lost = abandoned(found)
         passed = sorted(p for p in found if int(p.name) <= clock)
-        kept = [p for p in passed if p not in lost][-self.keep_last :]
+        kept = [p for p in passed if p not in lost and is_readable(p)][-self.keep_last :]
         for path in passed:
             for_good = self.keep_every_images and int(path.name) % self.keep_every_images == 0 and path not in lost
-            if path not in kept and not for_good:
+            # what can't be read may be readable again (a file server's trouble): it goes when it would have gone
+            in_trouble = not is_readable(path) and path > kept[0]
+            if path not in kept and not for_good and not in_trouble:
                 _discard(path)
 
     def _agree(self, mine) -> list:
