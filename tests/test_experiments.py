@@ -21,7 +21,7 @@ set: [data.heldout=0.1, global_batch=32, micro_batch=32, duration_images=1Ki, sn
       checkpoints.every_images=64, metrics.every_images=64, cluster.ranks_per_node=1]
 seeds: [7]
 baseline: narrow
-evaluate: --metric loss,denoise --data-images 20
+evaluate: --metric loss,denoise,chain --data-images 20
 """
 
 
@@ -52,12 +52,13 @@ def test_goes_on_in_the_middle_of_a_cell_and_tabulates_what_it_ran(tiny, tmp_pat
     assert {(r["arm"], r["seed"], r["images"]) for r in rows} == {
         (a, "7", "1024") for a in ("narrow", "narrow_laplace")
     }
-    for metric in ("loss", "denoise"):
+    for metric in ("loss", "denoise", "chain"):
         measured = json.loads(next(first.glob("experiment/*/*.json")).read_text())["metrics"][metric]["value"]
         row = next(r for r in rows if (r["arm"], r["metric"], r["at"]) == ("narrow", metric, ""))
         assert float(row["value"]) == measured
     table = (tmp_path / "runs/tiny/tiny.md").read_text()
     assert "| narrow_laplace |" in table and "(not resolved)" in table, "one seed resolves nothing"
+    assert "| denoise, by noise | 0.03 |" in table and "| chain, by noise | 0.03 |" in table
 
     assert experiments.main(tiny) == 0
     assert state.read(first)["attempt"] == starts, "what is finished is not started again"

@@ -1,6 +1,6 @@
 """Rerun a comparison of configs/experiments/: every arm with every seed is an ordinary run, then measured, then tabulated.
 
-    python -m trainer.experiments noise [--data FOLDER] [--seeds 0,1,2] [key=value ...]
+    python -m trainer.experiments noise [--data FOLDER] [--seeds 0,1,2] [--evaluate OPTIONS] [key=value ...]
 
 What must not break: all cells see the same data and the same measurement, a seed is finished for all arms before the next begins,
 and nothing that is done is done twice: a command that was stopped or killed goes on in the middle of a cell.
@@ -214,6 +214,7 @@ def main(argv=None) -> int:
     parser.add_argument("--data", type=Path, help="dataset folder instead of the digits")
     parser.add_argument("--seeds", help="for instance 0,1,2; default: the experiment's")
     parser.add_argument("--baseline", help="arm that the others are compared with; default: the experiment's")
+    parser.add_argument("--evaluate", metavar="OPTIONS", help="of trainer.evaluate, instead of the experiment's")
     parser.add_argument("--runs", type=Path, default=config.ROOT / "runs" / "experiments", help="default %(default)s")
     parser.add_argument("--out", type=Path, help="folder of NAME.csv, NAME.md, NAME.png (default: that of the runs)")
     options = parser.parse_intermixed_args(argv)  # overrides may follow options
@@ -233,7 +234,7 @@ def main(argv=None) -> int:
                 train(cell, progress)
         for number, cell in enumerate(every, 1):
             print(f"measuring {number} of {len(every)}: {cell.arm}, seed {cell.seed}", file=sys.stderr, flush=True)
-            found.append((cell, measure(cell, experiment.evaluate)))
+            found.append((cell, measure(cell, options.evaluate or experiment.evaluate)))
         from trainer import experiment_report
 
         made = experiment_report.write(

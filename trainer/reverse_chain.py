@@ -18,7 +18,7 @@ from trainer.heldout import Data
 
 TIMESTEPS, STRIDE = 1000, 20
 START, END = -3.0, 3.0  # of the sigmoid schedule of the library that the authors train with (Jabri et al. 2022)
-STEPS = (1, 2, 3, 5, 8, 12, 18)  # levels of 0.04 to 0.31 of the range
+STEPS = (1, 2, 3, 5, 8, 15)  # levels of 0.04 to 0.25 of the range
 
 
 def ladder() -> Tensor:
