@@ -48,10 +48,12 @@ def forecast(config: Config) -> list[str]:
 
 def rank_bytes(config: Config, size: Size, world: int) -> dict[str, float]:
     """Return the bytes that one rank is expected to hold, by kind."""
-    held = bytes_per_parameter(len(config.ema.sigma_rel))[str(config.engine.zero_stage)]
+    held = bytes_per_parameter(len(config.ema.sigma_rel), config.engine.weights)
+    held = held[str(config.engine.zero_stage)]
     width = ELEMENT_BYTES[config.engine.activations]
     kept = size.block_elements if config.engine.activation_checkpointing else size.saved_elements
-    casts = width if width < 4 else 0  # autograd keeps the 16-bit copies of the weights
+    # 16-bit copies of fp32 weights: kept from step to step (engine.prepare_weights), or by autograd for the backward
+    casts = width if width < 4 and config.engine.weights == "fp32" else 0
     return {
         "weights and optimizer": size.parameters * (held["replicated"] + held["sharded"] / world),
         "16-bit weights": size.parameters * casts,

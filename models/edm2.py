@@ -85,9 +85,10 @@ class Block(nn.Module):
             )
         self.resample = Resample(resample, resample_filter)
         self.emb_gain = nn.Parameter(torch.zeros(1))
-        self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, (3, 3))
+        # The 1 / 0.596 of MP-SiLU is linear, so it goes into the gain of the convolution that follows.
+        self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, (3, 3), gain=1 / SILU_RMS)
         self.emb_linear = MPConv(emb_channels, out_channels)
-        self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
+        self.conv_res1 = MPConv(out_channels, out_channels, (3, 3), gain=1 / SILU_RMS)
         self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
         self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if self.num_heads else None
         self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.num_heads else None
@@ -107,12 +108,11 @@ class Block(nn.Module):
         if self.encoder:
             x = normalize(x, dim=1)
 
-        # The 1 / 0.596 of MP-SiLU is linear, so it goes into the gain of the convolution that follows.
-        y = see("conv_res0", self.conv_res0(F.silu(x), gain=1 / SILU_RMS))
+        y = see("conv_res0", self.conv_res0(F.silu(x)))
         scale = see("emb_linear", self.emb_linear(emb, gain=self.emb_gain)) + 1
         y = F.silu(y * scale[:, :, None, None].to(y.dtype))
         y = self._drop(y, dropout_mask)
-        y = see("conv_res1", self.conv_res1(y, gain=1 / SILU_RMS))
+        y = see("conv_res1", self.conv_res1(y))
 
         if self.conv_skip is not None and not self.encoder:
             x = see("conv_skip", self.conv_skip(x))

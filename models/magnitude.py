@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import winograd
+from models import prepared, winograd
 
 EPS = 1e-4  # added to the RMS, not to its square (Algorithm 1 of the paper; facts measured on the reference)
 SILU_RMS = 0.596  # RMS of silu(x) for x ~ N(0, 1), rounded as in the paper (Eq. 81)
@@ -103,24 +103,28 @@ class MPFourier(nn.Module):
 class MPConv(nn.Module):
     """Convolve, or multiply where `kernel` is empty, by a weight [out, in, *kernel] whose rows have unit RMS.
 
-    The weight is multiplied by gain / sqrt(fan_in) in fp32 and cast to the type of the input. Padding keeps the size.
+    The weight is multiplied by gain / sqrt(fan_in) in fp32 and cast to the type of the input, here or ahead (models/prepared.py).
+    Padding keeps the size.
     """
 
     normalized = ("weight",)  # the parameters whose rows (index 0) the optimizer keeps at RMS 1 - EPS
     winograd = False  # models.winograd.use_ says otherwise where the network is compiled for a CPU
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...] = ()):
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...] = (), gain: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
-        self.scale = 1 / math.sqrt(in_channels * math.prod(kernel))  # 1 / sqrt(fan_in)
+        self.register_buffer("prepared", None, persistent=False)
+        self.scale = gain * (1 / math.sqrt(in_channels * math.prod(kernel)))  # gain / sqrt(fan_in)
         if any(size % 2 == 0 for size in kernel):
             raise ValueError(f"kernel {list(kernel)}: sizes must be odd, so that padding keeps the image's size")
         self.padding = tuple(size // 2 for size in kernel)
 
-    def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
-        """Apply the layer to [N, in, *space] (or [N, in]); `gain` is a number or a tensor of shape [1]."""
-        scale = gain * self.scale
-        if self.winograd and isinstance(scale, float) and winograd.suits(x, self.weight):
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        """Apply the layer to [N, in, *space] (or [N, in]); `gain` is another factor, learned, of shape [1]."""
+        if gain is None and self.prepared is not None and self.prepared.dtype == x.dtype:
+            return self._convolve(x, prepared.hand_out(self.weight, self.prepared, self.scale))
+        scale = self.scale if gain is None else gain * self.scale
+        if self.winograd and gain is None and winograd.suits(x, self.weight):
             return winograd.conv3x3(
                 x, self.weight, scale
             )  # the scale goes into the transformed filters: no copy of the weight
@@ -179,6 +183,7 @@ def normalize_rows_(module: nn.Module) -> None:
     for weight in normalized_parameters(module).values():
         size = rms(weight, tuple(range(1, weight.ndim)))
         weight.mul_((1 - EPS) / size.clamp_min(torch.finfo(torch.float32).tiny))
+    prepared.refresh_(module)
 
 
 @torch.no_grad()
@@ -190,3 +195,4 @@ def use_weights_(module: nn.Module) -> None:
     """
     for weight in normalized_parameters(module).values():
         weight.copy_(normalize(weight.float()))
+    prepared.refresh_(module)

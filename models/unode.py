@@ -95,9 +95,9 @@ class OdeBlock(Block):
         super().__init__(in_channels + skip_channels, out_channels, emb_channels, **block)
         # f sees position and velocity and pushes the velocity: out -> inner -> out / 2
         inner = max(1, round(ode["hidden"] * out_channels / 4)) * 4
-        self.conv_res0 = MPConv(out_channels, inner, (3, 3))
+        self.conv_res0 = MPConv(out_channels, inner, (3, 3), gain=1 / SILU_RMS)
         self.emb_linear = MPConv(emb_channels, inner)
-        self.conv_res1 = MPConv(inner, out_channels // 2, (3, 3))
+        self.conv_res1 = MPConv(inner, out_channels // 2, (3, 3), gain=1 / SILU_RMS)
         self.ode, self.concat_balance = ode, concat_balance
         self.evaluations = fixed_evaluations(ode)
 
@@ -121,9 +121,9 @@ class OdeBlock(Block):
         scale = (see("emb_linear", self.emb_linear(emb, gain=self.emb_gain)) + 1)[:, :, None, None]
 
         def force(z: Tensor) -> Tensor:
-            y = see("conv_res0", self.conv_res0(F.silu(z), gain=1 / SILU_RMS))
+            y = see("conv_res0", self.conv_res0(F.silu(z)))
             y = self._drop(F.silu(y * scale.to(y.dtype)), dropout_mask)
-            return see("conv_res1", self.conv_res1(y, gain=1 / SILU_RMS))
+            return see("conv_res1", self.conv_res1(y))
 
         return self._finish(see("state", self._solve(force, x, scale)), see, seen, collect)
 

@@ -276,7 +276,7 @@ def test_block_embedding_scales_by_one_plus_gain():
         assert torch.equal(plain, block(x, torch.zeros_like(emb))[0])  # gain 0: the embedding is not seen
         block.emb_gain.fill_(1.0)
         scale = 1 + F.linear(emb, block.emb_linear.weight) / math.sqrt(4)
-        y = block.conv_res0(F.silu(x) / 0.596) * scale[:, :, None, None]
-        y = block.conv_res1(F.silu(y) / 0.596)
+        y = block.conv_res0(F.silu(x)) * scale[:, :, None, None]
+        y = block.conv_res1(F.silu(y))
         want = (0.7 * x + 0.3 * y) / math.hypot(0.3, 0.7)
         assert torch.allclose(block(x, emb)[0], want, atol=1e-5)

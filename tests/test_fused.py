@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import prepared
 from models.denoiser import build
 from models.magnitude import normalize_rows_, padded_conv2d
 from trainer import compilation, draws
@@ -22,6 +23,8 @@ WINOGRAD = 5e-5  # a network compiled for a CPU convolves by it: 1e-5 of the lar
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
 CPU = pytest.param("cpu", marks=pytest.mark.slow)
+CPU_COMPILED = pytest.param("cpu", True, marks=pytest.mark.slow)
+ON_GPU = [pytest.param("cuda", fused, marks=[pytest.mark.gpu, NO_GPU]) for fused in (False, True)]
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +89,25 @@ def test_a_compiled_network_is_the_eager_one(device, activations, dropout, check
         for name, gradient in gradients.items():
             # 16 bits leave the sums over pixels and samples more than an output
             assert error(its_gradients[name], gradient) < (10 * bound if activations == "bf16" else bound), (seed, name)
+
+
+@pytest.mark.parametrize(("device", "fused"), [CPU_COMPILED, *ON_GPU])
+def test_prepared_weights_are_the_cast_ones(device, fused):
+    """While they are refreshed between batches, as an optimizer would; on CPUs eager mode is bitwise (test_prepared.py)."""
+    fresh = time.time_ns() % 100_000  # told where it fails
+    plain, ahead = network("cpu", "bf16"), network(device, "bf16")
+    prepared.prepare_(ahead, torch.bfloat16)
+    forward = compilation.compile_forward(ahead) if fused else ahead
+    for seed in (fresh, fresh + 1):
+        (losses, expected), (found, gradients) = step(plain, plain, "cpu", seed), step(ahead, forward, device, seed)
+        assert error(found, losses) < BOUNDS["bf16"], seed
+        whole = [torch.cat([g.detach().cpu().flatten() for g in all_.values()]) for all_ in (gradients, expected)]
+        assert error(*whole) < 3 * BOUNDS["bf16"] and all(g.is_contiguous() for g in gradients.values()), seed
+        for net in (plain, ahead):
+            with torch.no_grad():
+                for i, p in enumerate(net.parameters()):
+                    p.mul_(1.5 if i % 2 else 0.8)
+            prepared.refresh_(net)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

@@ -78,11 +78,11 @@ def test_other_convolutions_are_left_alone(x, weight):
 
 
 def test_only_marked_layers_compute_this_way():
-    layer, x = MPConv(16, 16, (3, 3)), torch.randn(4, 16, 8, 8)
-    direct = layer(x, gain=2.0)
-    assert torch.equal(direct, F.conv2d(x, layer.weight * (2.0 * layer.scale), padding=1))
+    layer, x = MPConv(16, 16, (3, 3), gain=2.0), torch.randn(4, 16, 8, 8)
+    direct = layer(x)
+    assert torch.equal(direct, F.conv2d(x, layer.weight * (2.0 / 12), padding=1))
     winograd.use_(layer)
-    assert not torch.equal(layer(x, gain=2.0), direct) and error(layer(x, gain=2.0), direct.double()) < BOUND
+    assert not torch.equal(layer(x), direct) and error(layer(x), direct.double()) < BOUND
     gain = torch.full((1,), 2.0, requires_grad=True)  # a learned gain needs its own gradient: the direct convolution
     layer(x, gain=gain).sum().backward()
     assert gain.grad is not None

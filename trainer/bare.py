@@ -6,6 +6,7 @@ trainer/engine.py.
 
 import torch
 
+from models import prepared
 from trainer import compilation
 from trainer.config import Config
 from trainer.ema import ShardedEma
@@ -19,6 +20,8 @@ class Bare:
     def __init__(self, config: Config, module: torch.nn.Module):
         self.config, self.device = config, device()
         self.module = self.denoiser = module.to(self.device)
+        if config.engine.prepares:
+            prepared.prepare_(self.module, self.module.activations)
         o, on_gpu = config.optimizer, self.device.type == "cuda"
         fragments = whole_fragments(self.module)
         self.adam = torch.optim.Adam(self.module.parameters(), lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
@@ -38,6 +41,7 @@ class Bare:
         self.optimizer.schedule(learning_rate, 1 / batch, clock_after, batch)
         self.adam.step()
         self.adam.zero_grad()
+        prepared.refresh_(self.module)
 
     def time_collectives(self, on: bool) -> float:
         """Return 0: nothing is sent."""

@@ -41,7 +41,7 @@ class NormalisingConv(MPConv):
 
     normalized = ()  # nothing left for the optimizer
 
-    def forward(self, x, gain=1.0):
+    def forward(self, x, gain=None):
         """Apply the layer after overwriting the weight by its normalised self and normalising it again, differentiably."""
         with torch.no_grad():
             self.weight.copy_(normalize(self.weight))

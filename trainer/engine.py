@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from models import denoiser
+from models import denoiser, prepared
 from models.edm2 import Block
 from models.magnitude import normalize_rows_
 from trainer import compilation, zero
@@ -113,6 +113,8 @@ class Engine:
             f.master.copy_(exact[f.name].view(-1)[f.start : f.start + f.master.numel()])
         del exact
         self.ema = ShardedEma(self.fragments, config.ema.sigma_rel)
+        if config.engine.prepares:
+            prepared.prepare_(self.module, self.module.activations)
         replicas = self.world if config.engine.zero_stage == 0 else 1
         # on a CPU the pass is C++, which wants a compiler as the compiled network does
         auto = on_gpu() or config.engine.compile == "true"
@@ -203,16 +205,16 @@ class Engine:
             parameters = dict(self.module.named_parameters())
             self.optimizer.hide_nonfinite([safe_get_local_grad(parameters[f.name]) for f in self.fragments])
         self._deepspeed.step()
+        prepared.refresh_(self.module)
 
     def refresh_copies(self) -> None:
-        """Copy the masters into the module's parameters on every rank, after masters were loaded."""
-        if self.config.engine.zero_stage == 0:
-            return
+        """Copy the masters into the module's parameters on every rank, and what is made of these, after masters were loaded."""
         if self.config.engine.zero_stage == 3:
             self._refresh_partitions()
-            return
-        for name, p in self.module.named_parameters():
-            p.data.copy_(self._gather(name))
+        elif self.config.engine.zero_stage:
+            for name, p in self.module.named_parameters():
+                p.data.copy_(self._gather(name))
+        prepared.refresh_(self.module)
 
     def _refresh_partitions(self) -> None:
         parameters = dict(self.module.named_parameters())
@@ -243,7 +245,7 @@ class Engine:
     def held_bytes(self) -> dict[str, int]:
         """Return what this rank holds between steps, by kind: the forward's weights, masters, Adam's moments, averages."""
         partitioned = self.config.engine.zero_stage == 3
-        weights = 0
+        weights = prepared.num_bytes(self.module)
         for p in self.module.parameters():
             weights += p.numel() * p.element_size()  # at stage 3 only what stays whole on every rank
             weights += p.ds_tensor.numel() * p.ds_tensor.element_size() if partitioned else 0
@@ -257,8 +259,8 @@ class Engine:
         }
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Return the module's buffers (Fourier frequencies and phases), the same on every rank."""
-        return dict(self.module.named_buffers())
+        """Return the module's buffers that are state (Fourier frequencies and phases), the same on every rank."""
+        return {n: t for n, t in self.module.state_dict().items() if n not in self.shapes}
 
     def time_collectives(self, on: bool) -> float:
         """Switch DeepSpeed's timing of its collectives on or off; return the seconds that it has seen.

@@ -104,7 +104,7 @@ def describe(config: configs.Config) -> dict:
     model = configs.to_dict(config)["model"]
     counts = count(model)
     world = config.cluster.nodes * config.cluster.ranks_per_node
-    by_stage = bytes_per_parameter(len(config.ema.sigma_rel), config.engine.weights)
+    by_stage = bytes_per_parameter(len(config.ema.sigma_rel), config.engine.weights, config.engine.prepares)
     return {
         "parameters": counts.parameters,
         "trainable_parameters": counts.trainable_parameters,

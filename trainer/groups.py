@@ -223,6 +223,9 @@ class Engine:
     cuda_graphs: bool = (
         False  # replay the compiled network as CUDA graphs: for micro-batches so small that launching takes longest
     )
+    # keep the convolutions' fp32 weights scaled and cast as 16-bit activations want them, from step to step: 2 bytes a parameter;
+    # no effect where activations are fp32 or weights are bf16, and at stage 3
+    prepare_weights: bool = True
     overlap: bool = True  # reduce gradients while the backward goes on (GPUs)
     deterministic: bool = False  # the same bits in every repetition on the same GPUs; CPUs do so anyway
     hang_seconds: int = at_least(
@@ -231,6 +234,16 @@ class Engine:
     hang_steps: int = at_least(
         100, 0
     )  # ... or, where that is sooner, for so many times a usual step, but two minutes; 0: off
+
+    @property
+    def prepares(self) -> bool:
+        """Say whether weights are scaled and cast once a step (models/prepared.py); stage 3 has them whole nowhere."""
+        return (
+            self.prepare_weights
+            and self.activations != "fp32"
+            and self.weights == "fp32"
+            and self.zero_stage in (0, 1, 2)
+        )
 
 
 @dataclass

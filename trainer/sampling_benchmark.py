@@ -11,6 +11,7 @@ from rich.table import Table
 
 from models.denoiser import build
 from models.magnitude import use_weights_
+from models.prepared import prepare_
 from trainer import flops
 from trainer.config import to_dict
 from trainer.drawing import Drawing, Settings
@@ -67,7 +68,9 @@ def _network(model: dict, activations: str, device: str) -> torch.nn.Module:
     for p in network.parameters():
         if p.shape == (1,):
             p.fill_(0.3)  # gains are 0 at the start, and zeros would make the work easier than it is
-    return network.to(device)
+    network = network.to(device)
+    prepare_(network, network.activations)
+    return network
 
 
 def table(rows: list[dict], device: str) -> Table:

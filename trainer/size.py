@@ -59,18 +59,19 @@ def count(model: dict) -> Size | None:
     return Size(tally.parameters, 2 * tally.macs, tally.saved, tally.kept)
 
 
-def bytes_per_parameter(num_averages: int, weights: str = "fp32") -> dict[str, dict[str, int]]:
+def bytes_per_parameter(num_averages: int, weights: str = "fp32", prepared: bool = False) -> dict[str, dict[str, int]]:
     """Return the bytes a rank holds per parameter, by ZeRO stage: "replicated" on every rank and "sharded" over ranks.
 
     Module weights 4 (2 where `weights` is bf16); all else is fp32: gradients 4, Adam's moments 8, averages 4 each; ZeRO keeps
-    another copy of the weights, the masters, in its shards. Stage 0 shards nothing. Activations and communication buffers are
-    not included.
+    another copy of the weights, the masters, in its shards. Stage 0 shards nothing. `prepared` weights (models/prepared.py) are 2
+    more, at most, but at stage 3. Activations and communication buffers are not included.
     """
+    more = 2 if prepared else 0
     weights, gradients, moments, masters, averages = {"fp32": 4, "bf16": 2}[weights], 4, 8, 4, 4 * num_averages
     return {
-        "0": {"replicated": weights + gradients + moments + averages, "sharded": 0},
-        "1": {"replicated": weights + gradients, "sharded": masters + moments + averages},
-        "2": {"replicated": weights, "sharded": gradients + masters + moments + averages},
+        "0": {"replicated": weights + more + gradients + moments + averages, "sharded": 0},
+        "1": {"replicated": weights + more + gradients, "sharded": masters + moments + averages},
+        "2": {"replicated": weights + more, "sharded": gradients + masters + moments + averages},
         "3": {"replicated": 0, "sharded": weights + gradients + masters + moments + averages},
     }
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from models import denoiser, magnitude
+from models import denoiser, magnitude, prepared
 from trainer import config, snapshot_plan, state, tensor_file
 from trainer.ema_profiles import parse_range
 from trainer.snapshot_writer import SnapshotWriter, file_name
@@ -71,7 +71,9 @@ def load_denoiser(path, activations: str = "fp32", device: str = "cpu"):
             )
     network.load_state_dict({name: state[name] for name in expected})
     magnitude.use_weights_(network)  # rows of an average are shorter than 1
-    return network.eval().requires_grad_(False).to(device), header
+    network = network.eval().requires_grad_(False).to(device)
+    prepared.prepare_(network, network.activations)  # once for all evaluations
+    return network, header
 
 
 def to_come(run_dir: Path, clock: int) -> list[tuple[int, float]]:

@@ -95,8 +95,10 @@ def measure(loop: Loop, rates: roofline.Rates, steps: int, profile: Path | None)
     model, activations = to_dict(config)["model"], loop.activations
     cost, work = flops.count(model), roofline.count(model, activations, config.micro_batch)
     least = {name: w.seconds(rates.flops_per_second, rates.bytes_per_second) for name, w in work.items()}
+    rounds = config.global_batch // config.micro_batch
+    least = {name: rounds * s for name, s in least.items()}
     least["optimizer"] = roofline.OPTIMIZER_BYTES * cost.parameters / rates.bytes_per_second
-    images_per_second = config.micro_batch / timed["step_seconds"]
+    images_per_second = config.global_batch / timed["step_seconds"]
     rate = images_per_second * cost.training_flops_per_image
     return timed | {
         "micro_batch": config.micro_batch,
@@ -109,9 +111,9 @@ def measure(loop: Loop, rates: roofline.Rates, steps: int, profile: Path | None)
         "peak": rates.peak_name,
         "peak_flops": rates.peak_flops,
         "least_seconds": least,
-        "unfused_kernels": sum(w.kernels for w in work.values()),
-        "matrix_bytes": sum(w.matrix_bytes for w in work.values()),
-        "unfused_elementwise_bytes": sum(w.elementwise_bytes for w in work.values()),
+        "unfused_kernels": rounds * sum(w.kernels for w in work.values()),
+        "matrix_bytes": rounds * sum(w.matrix_bytes for w in work.values()),
+        "unfused_elementwise_bytes": rounds * sum(w.elementwise_bytes for w in work.values()),
         "measured_flops_per_second": rates.flops_per_second,
         "measured_bytes_per_second": rates.bytes_per_second,
         "device": torch.cuda.get_device_name(loop.where) if loop.where.type == "cuda" else _processor(),
