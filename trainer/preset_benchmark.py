@@ -1,9 +1,9 @@
 """Training speed of presets: `python -m trainer.benchmark --preset xs,s,xl --micro-batch auto [--device cpu|cuda] [--json]`.
 
-The real step on one device (trainer/timed_loop.py), no accumulation (unless by global_batch=), so that the optimizer weighs most. Each measurement runs in a
-process of its own: memory that was used up is gone with it. Beside the times stands what they must be at least
-(trainer/roofline.py). Several loops are measured at the same micro-batch, in alternation; `--reference FOLDER` adds EDM2's
-reference from the user's clone (trainer/reference_loop.py).
+The real step on one device (trainer/timed_loop.py), without accumulation unless global_batch= asks for it, so that the optimizer
+weighs most. Each measurement runs in a process of its own: memory that was used up is gone with it. Beside the times stands what
+they must be at least (trainer/roofline.py). Several loops are measured at the same micro-batch, in alternation; `--reference
+FOLDER` adds EDM2's reference from the user's clone (trainer/reference_loop.py).
 """
 
 import argparse
