@@ -191,23 +191,31 @@ SOLVERS = {"heun": heun, "euler": euler, "dpm-solver-2m": dpm_solver_2m}
 # Guidance.
 
 
-def guidance(main: Denoise, guide: Denoise, weight: float, interval: Sequence[float] = (0.0, math.inf)) -> Denoise:
+def guidance(
+    main: Denoise,
+    guide: Denoise,
+    weight: float,
+    interval: Sequence[float] = (0.0, math.inf),
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Denoise:
     """Return D = D_guide + weight (D_main - D_guide) as a denoiser.
 
     Classifier-free guidance where `guide` ignores the labels (Ho & Salimans 2022), autoguidance where it is a weaker version of
     `main` (Karras et al. 2024b). Only evaluations with interval[0] < sigma <= interval[1] are guided (Kynkaanniemi et al. 2024);
-    the others, and all at weight 1, cost one evaluation. All samples of a batch must share sigma.
+    the others, and all at weight 1, cost one evaluation. All samples of a batch must share sigma. `both(x, sigma)` returns
+    (D_main, D_guide) where one call can compute the two.
     """
     low, high = interval
     if not low < high:
         raise ValueError(
             f"guidance interval ({low}, {high}]: the lower sigma must be below the upper one; try 0.28 2.90"
         )
+    everywhere = low <= 0 and high == math.inf  # then sigma is not looked at, for which a GPU would be waited for
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        denoised = main(x, sigma)
-        if weight == 1 or not low < float(sigma[0]) <= high:
-            return denoised
-        return torch.lerp(guide(x, sigma), denoised, weight)
+        if weight == 1 or not (everywhere or low < float(sigma[0]) <= high):
+            return main(x, sigma)
+        denoised, guiding = both(x, sigma) if both else (main(x, sigma), guide(x, sigma))
+        return torch.lerp(guiding, denoised, weight)
 
     return guided

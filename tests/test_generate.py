@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,35 @@ def test_an_image_keeps_its_noise_whatever_classes_are_asked_for(snapshot):
     assert close(made.latents(torch.tensor(some)), made.latents(torch.tensor(every))[[every.index(i) for i in some]])
 
 
+SELF = ["--guidance", "2", "--guide", "self"]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--guidance-interval", "0.1", "20"], ["--churn", "10"], ["--solver", "dpm-solver-2m"]]
+)
+def test_a_network_guides_itself_in_one_batch_as_in_two(snapshot, more):
+    one, two = (drawing(snapshot, *SELF, *more) for _ in range(2))
+    assert one.one_batch
+    two.one_batch = False
+    sizes = {made: [] for made in (one, two)}
+    for made, seen in sizes.items():
+        made.network.register_forward_hook(lambda _, given, __, seen=seen: seen.append(len(given[0])))
+    where = torch.arange(6) + 3
+    assert close(two.latents(where), one.latents(where))
+    inside = [0.1 < s <= 20 if "--guidance-interval" in more else True for s in evaluated(one)]
+    assert sizes[one] == [12 if guided else 6 for guided in inside]
+    assert sizes[two] == [6 for guided in inside for _ in range(1 + guided)]
+    assert close(one.latents(where)[2:3], one.latents(torch.tensor([5]))), "an image does not depend on its batch"
+
+
+def evaluated(made) -> list[float]:
+    """The noise levels at which a solver evaluates the network, without churn."""
+    levels = [float(s) for s in made.sigmas[:-1]]
+    if made.settings.solver != "heun":
+        return levels
+    return [s for now, after in zip(levels, [*levels[1:], 0.0], strict=True) for s in (now, after) if s]
+
+
 def test_guidance_moves_away_from_the_guide(snapshot, tmp_path):
     guide = write_network(tmp_path / "g.safetensors", seed=1)
     where = torch.arange(3)
@@ -111,6 +141,26 @@ def test_grid_has_a_row_per_class(snapshot, tmp_path):
     made = drawing(snapshot, "--steps", "2")
     wanted = made.decode(made.latents(torch.tensor([4])))[0, 0].numpy()
     assert np.abs(tile.astype(int) - wanted).max() <= 1
+
+
+def test_a_batch_is_decoded_while_the_next_is_drawn(snapshot, tmp_path, monkeypatch):
+    """Each decoding waits here until the batch after it is begun: one after the other, neither would ever go on."""
+    begun, late = [threading.Event() for _ in range(4)], []
+    draw, decode, order = Drawing.latents, Drawing.decode, iter(range(4))
+
+    def drawing_begins(self, positions):
+        begun[int(positions[0]) // 3].set()
+        return draw(self, positions)
+
+    def decoding_waits(self, x):
+        following = next(order) + 1
+        late.extend([following] if following < 4 and not begun[following].wait(10) else [])
+        return decode(self, x)
+
+    monkeypatch.setattr(Drawing, "latents", drawing_begins)
+    monkeypatch.setattr(Drawing, "decode", decoding_waits)
+    assert run(snapshot, "--out", tmp_path, "--steps", 2, "--per-class", 1, "--batch", 3) == 0
+    assert not late and len(list(tmp_path.glob("*.png"))) == 10
 
 
 def test_folder_resumes_and_is_shared_between_ranks(snapshot, tmp_path, monkeypatch, capsys):

@@ -228,7 +228,9 @@ def _print_sampling(options: argparse.Namespace) -> int:
         for preset in options.preset.split(",") if options.preset else [None]:
             for compiled in (False, True) if options.compiled else (False,):
                 repeats = min(options.steps, 3)
-                rows += sampling_benchmark.measure(preset, options.batch, 32, device, compiled, repeats)
+                rows += sampling_benchmark.measure(
+                    preset, options.batch, 32, device, compiled, repeats, options.overrides
+                )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

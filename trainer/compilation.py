@@ -38,8 +38,11 @@ def _name_streams() -> None:
     torch.compiler.assume_constant_result(draws.stream_number)
 
 
-def compile_forward(module: torch.nn.Module, cuda_graphs: bool = False) -> Callable:
-    """Return the forward of `module`, one graph compiled for its device; on a CPU, 3x3 convolutions become Winograd's."""
+def compile_forward(module: torch.nn.Module, cuda_graphs: bool = False, dynamic: bool | None = None) -> Callable:
+    """Return the forward of `module`, one graph compiled for its device; on a CPU, 3x3 convolutions become Winograd's.
+
+    `dynamic=False` is for who comes with a few shapes and wants a graph for each; else a second one makes the graph general.
+    """
     _name_streams()
     if next(module.parameters()).device.type == "cpu":
         winograd.use_(module)
@@ -47,12 +50,12 @@ def compile_forward(module: torch.nn.Module, cuda_graphs: bool = False) -> Calla
         # Its C++ calls, a little faster, do not know attention that is recomputed (torch 2.13)
         recomputed = any(getattr(m, "activation_checkpointing", False) for m in module.modules())
         options = {"layout_optimization": False, "cpp_wrapper": not recomputed}
-        return torch.compile(module.forward, fullgraph=True, options=options)
+        return torch.compile(module.forward, fullgraph=True, dynamic=dynamic, options=options)
     # its choice of memory formats gave such networks wrong gradients on a CPU (docs/LOG.md): not trusted on a GPU either
     options = {"layout_optimization": not any(isinstance(m, torch.nn.Conv2d) for m in module.modules())}
     if cuda_graphs:
         return _captured(module, options)
-    return torch.compile(module.forward, fullgraph=True, options=options)
+    return torch.compile(module.forward, fullgraph=True, dynamic=dynamic, options=options)
 
 
 def _captured(module: torch.nn.Module, options: dict) -> Callable:

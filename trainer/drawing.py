@@ -51,6 +51,9 @@ class Drawing:
         self.shape = (header["model"]["channels"], header["model"]["resolution"], header["model"]["resolution"])
         self.label_dim = header["model"]["label_dim"]
         self.header, self.warned, self.compiled = header, False, False
+        self.one_batch = (
+            True  # of what guides itself, with its labels and without; False is for comparing (docs/benchmarks.md)
+        )
         if settings.levels:
             self.sigmas = sampler.from_levels(settings.levels, settings.steps)
         else:
@@ -76,7 +79,7 @@ class Drawing:
         """Compile network and guide: pays for hundreds of images. Batches are then of one size, filled up by repetition."""
         for network in (self.network, self.guide):
             if network is not None and "forward" not in vars(network):
-                network.forward = compile_forward(network)
+                network.forward = compile_forward(network, dynamic=False)
         self.compiled = True
 
     @functools.cached_property
@@ -92,14 +95,7 @@ class Drawing:
         s, where = self.settings, positions.to(self.device)
         labels = where % self.label_dim if self.label_dim else None
 
-        def of(network, network_labels):
-            return lambda x, sigma: network(x, sigma, network_labels)
-
-        denoise = of(self.network, labels)
-        if s.guidance != 1:
-            # the same network stands for the unconditional one where it was trained with label dropout
-            guide = of(self.guide, labels) if self.guide is not None else of(self.network, None)
-            denoise = sampler.guidance(denoise, guide, s.guidance, s.interval)
+        denoise = self._denoise(labels)
         x = draws.normal(s.seed, STREAM, where, self.shape) * self.start
         if s.churn:
             churn = {
@@ -108,6 +104,27 @@ class Drawing:
             }
             return sampler.heun(denoise, x, self.sigmas, **churn)
         return sampler.SOLVERS[s.solver](denoise, x, self.sigmas)
+
+    def _denoise(self, labels: Tensor | None) -> sampler.Denoise:
+        """Return D(x, sigma) for samples of these classes, guided as the settings say."""
+
+        def of(network, network_labels):
+            return lambda x, sigma: network(x, sigma, network_labels)
+
+        s, main, both = self.settings, of(self.network, labels), None
+        if s.guidance == 1:
+            return main
+        if self.guide is not None:
+            guide = of(self.guide, labels)
+        else:  # the same network stands for the unconditional one where it was trained with label dropout
+            guide = of(self.network, None)
+            if self.one_batch and labels is not None:
+                twice = torch.cat([labels, torch.full_like(labels, -1)])
+
+                def both(x, sigma):
+                    return self.network(torch.cat([x, x]), torch.cat([sigma, sigma]), twice).chunk(2)
+
+        return sampler.guidance(main, guide, s.guidance, s.interval, both)
 
     def decode(self, x: Tensor) -> Tensor:
         """Turn samples at training scale into pictures on the CPU, uint8 [N, 1 or 3, H, W]."""

@@ -1,10 +1,13 @@
 """Speed of sampling: `python -m trainer.benchmark --table sampling [--preset xs] [--batch 32] [--device cuda]`.
 
 Latents by deterministic Heun on EDM's grid, 63 evaluations for 32 steps, weights normalised once; decoding is not in it. Without
-guidance, guided by a network of half the channels, and by the same network without labels. Without a preset: a small network.
+guidance, guided by a network of half the channels, and by the same network without labels: evaluated twice, and once on twice the
+batch. Without a preset: a small network.
 """
 
+import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from rich.table import Table
@@ -21,44 +24,63 @@ from trainer.roofline import synchronize
 
 SMALL = {"resolution": 16, "channels": 4, "label_dim": 10, "model_channels": 32, "channel_mult": [1, 2, 2], "num_blocks": 1,
          "attn_resolutions": [8], "channels_per_head": 32}  # fmt: skip
-GUIDES = {"none": None, "half the channels": "half", "itself without labels": "self"}
+TWO = "itself without labels"
+# way -> what guides, and whether in one batch with what is guided
+WAYS = {
+    "none": (None, False),
+    "half the channels": ("half", False),
+    TWO: ("self", False),
+    f"{TWO}, in one batch": ("self", True),
+}
 # Karras et al. 2024 (arXiv 2312.02696): images/s of one A100 in sampling ImageNet-512, decoder included: without guidance, guided
 PUBLISHED = {"xs": (8.9, 6.0), "s": (6.4, 4.7), "m": (4.8, 3.8), "l": (3.7, 3.0), "xl": (2.9, 2.5), "xxl": (2.3, 2.0)}
 FASTER = 2.0  # the goal: as often the published rate, scaled by the devices' peaks
 
 
-def measure(preset: str | None, batch: int, steps: int, device: str, compiled: bool, repeats: int) -> list[dict]:
-    """Return images/s of each way to guide, the best of `repeats`."""
-    config = compose(preset, [], 1, device == "cuda") if preset else None
+def measure(
+    preset: str | None, batch: int, steps: int, device: str, compiled: bool, repeats: int, overrides: Sequence[str] = ()
+) -> list[dict]:
+    """Return images/s of each way to guide, the best of `repeats` in alternation, after one for warming up."""
+    config = compose(preset, list(overrides), 1, device == "cuda") if preset else None
     model, activations = (to_dict(config)["model"], config.engine.activations) if preset else (SMALL, "fp32")
     smaller = model | {"model_channels": model["model_channels"] // 2}
-    main, half = (_network(m, activations, device) for m in (model, smaller))
-    header = {"model": model, "data": {}}
-    rows, cost = [], {kind: flops.count(m).forward_flops for kind, m in (("self", model), ("half", smaller))}
-    for name, kind in GUIDES.items():
+    networks = {"self": _network(model, activations, device), "half": _network(smaller, activations, device)}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    drawings = {}
+    for way, (kind, one_batch) in WAYS.items():
         settings = Settings(steps=steps, guidance=1.0 if kind is None else 1.5)
-        drawing = Drawing(main, header, settings, half if kind == "half" else None, device)
+        guide = networks["half"] if kind == "half" else None
+        drawings[way] = Drawing(networks["self"], {"model": model, "data": {}}, settings, guide, device)
+        drawings[way].one_batch = one_batch
         if compiled:
-            drawing.compile()
-        seconds = []
-        for repeat in range(repeats + 1):
+            drawings[way].compile()
+    for repeat in range(repeats + 1):
+        for way, drawing in drawings.items():
             synchronize(torch.device(device))
             started = time.perf_counter()
             drawing.latents(torch.arange(batch) + batch * repeat)
             synchronize(torch.device(device))
-            seconds.append(time.perf_counter() - started)
-        row = {"preset": preset or "small", "guide": name, "batch": batch, "steps": steps, "compiled": compiled}
+            seconds[way].append(time.perf_counter() - started)
+    cost = {kind: flops.count(m).forward_flops for kind, m in (("self", model), ("half", smaller))}
+    rows = []
+    for way, (kind, one_batch) in WAYS.items():
         forwards = (2 * steps - 1) * (cost["self"] + cost.get(kind, 0))
-        rate = batch / min(seconds[1:])
-        row |= {"images_per_second": rate, "flops_per_second": rate * forwards, "goal_images_per_second": None}
-        if preset in PUBLISHED and device == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(), activations)
-            published = PUBLISHED[preset][kind is not None]
-            row["goal_images_per_second"] = (
-                FASTER * published * peak[1] / peak_flops("A100", "fp16")[1] if peak else None
-            )
-        rows.append(row)
+        rate = batch / min(seconds[way][1:])
+        row = {"preset": preset or "small", "guide": way, "batch": batch, "steps": steps, "compiled": compiled}
+        row |= {"images_per_second": rate, "flops_per_second": rate * forwards, "one_batch_gains": None}
+        if one_batch:
+            pairs = zip(seconds[TWO][1:], seconds[way][1:], strict=True)
+            row["one_batch_gains"] = statistics.median(two / one for two, one in pairs)
+        rows.append(row | {"goal_images_per_second": _goal(preset, kind is not None, device, activations)})
     return rows
+
+
+def _goal(preset: str | None, guided: bool, device: str, activations: str) -> float | None:
+    """Return the images/s to reach on this device, where one is published and the device's peak is known."""
+    peak = peak_flops(torch.cuda.get_device_name(), activations) if device == "cuda" else None
+    if preset not in PUBLISHED or not peak:
+        return None
+    return FASTER * PUBLISHED[preset][guided] * peak[1] / peak_flops("A100", "fp16")[1]
 
 
 def _network(model: dict, activations: str, device: str) -> torch.nn.Module:
@@ -78,10 +100,20 @@ def table(rows: list[dict], device: str) -> Table:
     goal = f"goal: {FASTER:g}x the published rate of an A100 (decoder included), scaled by the devices' peaks"
     caption = f"{goal}; torch {torch.__version__}"
     out = Table(title=f"sampling, Heun, {rows[0]['steps']} steps, {device}, latents only", caption=caption)
-    for column in ("network", "guide", "compiled", "batch", "images/s", "TFLOP/s", "goal, images/s"):
+    for column in (
+        "network",
+        "guide",
+        "compiled",
+        "batch",
+        "images/s",
+        "of two evaluations",
+        "TFLOP/s",
+        "goal, images/s",
+    ):
         out.add_column(column, justify="left" if column in ("network", "guide") else "right")
     for r in rows:
         goal = f"{r['goal_images_per_second']:.1f}" if r["goal_images_per_second"] else ""
+        gains = f"{r['one_batch_gains']:.3g}x" if r["one_batch_gains"] else ""
         out.add_row(r["preset"], r["guide"], str(r["compiled"]).lower(), str(r["batch"]), f"{r['images_per_second']:.4g}",
-                    f"{r['flops_per_second'] / 1e12:.4g}", goal)  # fmt: skip
+                    gains, f"{r['flops_per_second'] / 1e12:.4g}", goal)  # fmt: skip
     return out
