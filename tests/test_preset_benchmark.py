@@ -12,8 +12,10 @@ import torch
 
 from tests.test_child import alive
 from trainer import flops, roofline
+from trainer.bare import Bare
 from trainer.benchmark import main
 from trainer.config import ROOT, load, to_dict
+from trainer.engine import build_denoiser
 from trainer.micro_batch_search import fits, search
 from trainer.preset_benchmark import alternate
 from trainer.preset_config import compose
@@ -117,6 +119,14 @@ def test_ratios_are_those_of_a_round():
     assert bare["rounds"] == [16.0, 8.0, 4.0] and bare["images_per_second"] == 8.0 and bare["slower"] == 1
     assert deepspeed["rounds"] == [8.0, 4.0, 2.0] and deepspeed["slower"] == 2 and deepspeed["slower_than"] == "bare"
     assert large == first[2]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_times_its_algorithms_unless_a_run_must_repeat_itself(deterministic, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    config = compose("xxs", [*TINY, f"engine.deterministic={str(deterministic).lower()}"], 1, False)
+    Bare(config, build_denoiser(config))
+    assert torch.backends.cudnn.benchmark is not deterministic
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ class Bare:
         self.module = self.denoiser = module.to(self.device)
         if config.engine.prepares:
             prepared.prepare_(self.module, self.module.activations)
+        compilation.time_algorithms(config)
         o, on_gpu = config.optimizer, self.device.type == "cuda"
         fragments = whole_fragments(self.module)
         self.adam = torch.optim.Adam(self.module.parameters(), lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)

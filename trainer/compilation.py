@@ -19,6 +19,12 @@ def wanted(config: Config, on_gpu: bool) -> bool:
     return on_gpu and compiles(config.model) and (config.engine.zero_stage < 3 or config.model.family == "edm2")
 
 
+def time_algorithms(config: Config) -> None:
+    """Let cuDNN time its algorithms for each of a run's few shapes and keep the fastest, unless the run must repeat itself."""
+    if not config.engine.deterministic:
+        torch.backends.cudnn.benchmark = True
+
+
 def keep_cache(folder: Path, rank: int) -> None:
     """Keep what compilers make in the run directory, by rank, so that a restart takes its first step soon; before any compilation.
 

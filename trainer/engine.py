@@ -92,6 +92,7 @@ class Engine:
 
         self.config, self.rank, self.world = config, dist.get_rank(), dist.get_world_size()
         check_batch(config, self.world)
+        compilation.time_algorithms(config)
         self.micro_steps = config.global_batch // (self.world * config.micro_batch)
         self.device = device()
         self.module = module.to(self.device)
