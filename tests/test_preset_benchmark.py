@@ -97,6 +97,13 @@ def test_the_search_ends_at_the_largest_that_fits_a_gpu(fitting, guess):
     assert max((r["micro_batch"] for r in found), default=0) == (2 ** (fitting.bit_length() - 1) if fitting else 0)
 
 
+@pytest.mark.parametrize(("fastest", "tried"), [(32, [64, 128]), (64, [64, 128]), (128, [64, 128, 256])])
+def test_the_search_on_a_gpu_ends_where_nothing_is_gained(fastest, tried):
+    measure, asked = device_of(5000, fastest)
+    search(measure, lambda micro_batch: micro_batch <= 128, on_gpu=True)
+    assert asked == tried
+
+
 def test_the_search_on_a_cpu_ends_where_nothing_is_gained_and_never_beyond_what_fits():
     measure, asked = device_of(5000, 8)
     search(measure, lambda micro_batch: True, on_gpu=False)
@@ -107,17 +114,24 @@ def test_the_search_on_a_cpu_ends_where_nothing_is_gained_and_never_beyond_what_
 
 
 def test_ratios_are_those_of_a_round():
-    """A machine that slows down by half from round to round: rates differ, ratios do not."""
-    speed = {"bare": 2.0, "deepspeed": 1.0, "too large": None}
-    rounds = iter([8.0, 8.0, 4.0, 4.0, 2.0, 2.0])
+    """A machine slows down by half from round to round: rates differ, ratios do not. The second loop does two images at once."""
+    seconds = {"bare": 1.0, "deepspeed": 4.0}
+    images, load = {"bare": 1, "deepspeed": 2}, iter([1, 1, 2, 2, 4, 4])
 
     def measure(row):
-        return {"loop": row["loop"], "images_per_second": speed[row["loop"]] * next(rounds)}
+        loop, slow = row["loop"], next(load)
+        took = {"step_seconds": seconds[loop] * slow, "host_cpu_seconds": seconds[loop] / 4}
+        return {
+            "loop": loop,
+            "micro_batch": images[loop],
+            "images_per_second": images[loop] / took["step_seconds"],
+        } | took
 
     first = [measure({"loop": "bare"}), measure({"loop": "deepspeed"}), {"loop": "too large", "out_of_memory": True}]
     bare, deepspeed, large = alternate(first, 3, measure)
-    assert bare["rounds"] == [16.0, 8.0, 4.0] and bare["images_per_second"] == 8.0 and bare["slower"] == 1
-    assert deepspeed["rounds"] == [8.0, 4.0, 2.0] and deepspeed["slower"] == 2 and deepspeed["slower_than"] == "bare"
+    assert bare["rounds"] == [1, 0.5, 0.25] and bare["images_per_second"] == 0.5 and "slower" not in bare
+    assert deepspeed["rounds"] == [0.5, 0.25, 0.125] and deepspeed["slower_than"] == "bare"
+    assert deepspeed["slower"] == deepspeed["more_host_cpu"] == 2
     assert large == first[2]
 
 

@@ -9,7 +9,7 @@ from trainer import size
 from trainer.config import Config, to_dict
 
 LARGEST = 1024
-GAIN = 1.02  # a CPU is soon full: what gains less than this ends the search
+GAIN = 1.02  # a device that is full: what gains less than this ends the search
 
 
 def fits(config: Config, memory_bytes: float) -> bool:
@@ -30,8 +30,8 @@ def memory(on_gpu: bool) -> float:
 def search(measure: Callable[[int], dict | None], should_fit: Callable[[int], bool], on_gpu: bool) -> list[dict]:
     """Return the measurements of the micro-batches that fit; `measure` returns None where memory did not suffice.
 
-    On a GPU every size is compiled anew: the search begins at half of the largest that should fit, and goes on until one does not.
-    On a CPU it begins at 1 and tries nothing that might not fit.
+    It goes up until one does not fit or gains next to nothing: on a CPU from 1, trying nothing that might not fit; on a GPU, where
+    every size is compiled anew, from half of the largest that should fit.
     """
     micro_batch, largest, found = 1, LARGEST, []
     while on_gpu and micro_batch < LARGEST and should_fit(4 * micro_batch):
@@ -44,7 +44,7 @@ def search(measure: Callable[[int], dict | None], should_fit: Callable[[int], bo
                 micro_batch //= 2
             continue
         found.append(result)
-        if not on_gpu and len(found) > 1 and found[-1]["images_per_second"] < GAIN * found[-2]["images_per_second"]:
+        if len(found) > 1 and found[-1]["images_per_second"] < GAIN * found[-2]["images_per_second"]:
             break
         micro_batch *= 2
     return found

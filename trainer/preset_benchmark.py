@@ -99,25 +99,32 @@ def compare(options: argparse.Namespace, preset: str) -> list[dict]:
 def alternate(rows: list[dict], rounds: int, measure) -> list[dict]:
     """Measure the rows again and again, in turn, until there are `rounds` of each; return the median ones and their ratios.
 
-    "slower" is the median over rounds of the first row's images/s divided by this row's of the same round.
+    "slower" is the median over rounds of this row's seconds an image divided by the first row's of the same round, "more_host_cpu"
+    the same of the host's CPU seconds, which a busy machine disturbs less.
     """
     every = [[r] for r in rows]
     for _ in range(rounds - 1):
         for row in every:
             if "images_per_second" in row[0] and (again := measure(row[0])):
                 row.append(again)
-    result = []
-    for row in every:
-        if "images_per_second" not in row[0]:
-            result.append(row[0])
-            continue
-        rates = [r["images_per_second"] for r in row]
-        middle = dict(row[rates.index(statistics.median_low(rates))])
-        middle |= {"rounds": rates} | ({"tried": row[0]["tried"]} if "tried" in row[0] else {})
-        if len(every) > 1:
-            ratios = [a["images_per_second"] / rate for a, rate in zip(every[0], rates, strict=False)]
-            middle |= {"slower": statistics.median(ratios), "slower_than": every[0][0]["loop"]}
-        result.append(middle)
+    return [_median(row, every[0]) for row in every]
+
+
+def _median(row: list[dict], first: list[dict]) -> dict:
+    if "images_per_second" not in row[0]:
+        return row[0]
+    rates = [r["images_per_second"] for r in row]
+    result = row[rates.index(statistics.median_low(rates))] | {"rounds": rates}
+    result |= {"tried": row[0]["tried"]} if "tried" in row[0] else {}
+
+    if row is not first:
+        rounds = list(zip(row, first, strict=False))
+        slower = [one["images_per_second"] / mine["images_per_second"] for mine, one in rounds]
+        shares = [(mine["host_cpu_seconds"] / mine["step_seconds"], one["host_cpu_seconds"] / one["step_seconds"])
+                  for mine, one in rounds]  # fmt: skip
+        more = [ratio * mine / one for ratio, (mine, one) in zip(slower, shares, strict=True)]
+        result |= {"slower_than": first[0]["loop"], "slower": statistics.median(slower)}
+        result |= {"more_host_cpu": statistics.median(more)}
     return result
 
 

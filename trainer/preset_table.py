@@ -26,10 +26,11 @@ def _speed(results: list[dict]) -> Table:
         if "images_per_second" not in r:
             table.add_row(r["preset"], r["loop"], "", "", str(r["micro_batch"]), "out of memory")
             continue
-        slower = [f"{r['slower']:.3g}x" if r["loop"] != compared else ""] if compared else []
+        slower = [f"{r['slower']:.3g}x" if "slower" in r else ""] if compared else []
+        host = f"{r['host_cpu_seconds']:.4g}" + (f" ({r['more_host_cpu']:.3g}x)" if "slower" in r else "")
         table.add_row(r["preset"], r["loop"], r["activations"], "yes" if r["compiled"] else "no", str(r["micro_batch"]),
                       f"{r['images_per_second']:.4g}", *slower, f"{r['flops_per_second'] / 1e12:.4g}", f"{r['mfu']:.1%}",
-                      f"{r['step_seconds']:.4g}", f"{r['host_cpu_seconds']:.4g}",
+                      f"{r['step_seconds']:.4g}", host,
                       f"{r['first_step_seconds']:.3g} s", str(r["kernels_per_step"]),
                       str(r["unfused_kernels"]), f"{r['peak_memory_bytes'] / 2**30:.2f} GiB")  # fmt: skip
     return table

@@ -98,16 +98,11 @@ class ReferenceLoop:
         return (weight / logvar.exp() * (denoised - latents).square() + logvar).sum()
 
     def step(self) -> None:
-        """Do a step: draw, loss, backward, gradients made finite, Adam, averages."""
-        batch, noise = self.config.micro_batch, self.config.noise
+        """Do a step: draw, loss and backward of each micro-batch, gradients made finite, Adam, averages."""
+        batch = self.config.global_batch
         self.adam.zero_grad(set_to_none=True)
-        with self.phases.measure("examples"):
-            latents, unit = (torch.randn(self.shape, device=self.where) for _ in range(2))
-            sigma = (torch.randn([batch, 1, 1, 1], device=self.where) * noise.P_std + noise.P_mean).exp()
-        with self.phases.measure("forward"):
-            loss = self.loss(latents * self.config.model.sigma_data, self.labels, sigma, unit)
-        with self.phases.measure("backward"), _told(self.folder, "the backward of its network"):
-            (loss / batch).backward()
+        for _ in range(batch // self.config.micro_batch):
+            self._micro_step(batch)
         self.clock += batch
         with self.phases.measure("optimizer"):
             for p in self.net.parameters():
@@ -116,6 +111,17 @@ class ReferenceLoop:
             self.adam.step()
             with _told(self.folder, "PowerFunctionEMA.update(cur_nimg=..., batch_size=...)"):
                 self.averages.update(cur_nimg=self.clock, batch_size=batch)
+
+    def _micro_step(self, batch: int) -> None:
+        noise = self.config.noise
+        with self.phases.measure("examples"):
+            latents, unit = (torch.randn(self.shape, device=self.where) for _ in range(2))
+            sigma = torch.randn([len(latents), 1, 1, 1], device=self.where)
+            sigma = (sigma * noise.P_std + noise.P_mean).exp()
+        with self.phases.measure("forward"):
+            loss = self.loss(latents * self.config.model.sigma_data, self.labels, sigma, unit)
+        with self.phases.measure("backward"), _told(self.folder, "the backward of its network"):
+            (loss / batch).backward()
 
     def communication_seconds(self) -> float:
         """Return 0: nothing is sent."""

@@ -95,11 +95,10 @@ def measure(loop: Loop, rates: roofline.Rates, steps: int, profile: Path | None)
     model, activations = to_dict(config)["model"], loop.activations
     cost, work = flops.count(model), roofline.count(model, activations, config.micro_batch)
     least = {name: w.seconds(rates.flops_per_second, rates.bytes_per_second) for name, w in work.items()}
-    # accumulation is asked for by an override; the reference is timed without it
-    rounds = 1 if loop.name == "reference" else config.global_batch // config.micro_batch
+    rounds = config.global_batch // config.micro_batch  # 1, unless an override asks for more
     least = {name: rounds * s for name, s in least.items()}
     least["optimizer"] = roofline.OPTIMIZER_BYTES * cost.parameters / rates.bytes_per_second
-    images_per_second = rounds * config.micro_batch / timed["step_seconds"]
+    images_per_second = config.global_batch / timed["step_seconds"]
     rate = images_per_second * cost.training_flops_per_image
     return timed | {
         "micro_batch": config.micro_batch,
