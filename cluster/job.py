@@ -27,6 +27,8 @@ RESEND_SECONDS = 1.0  # a signal that met the interpreter while it started may b
 GRACE_SECONDS = {START_AGAIN: 60.0, INTERRUPTED: 60.0}
 CRASH_GRACE_SECONDS = 5.0
 ENCODING_SILENCE_SECONDS = 600.0
+HEARTBEAT_SECONDS = 30.0
+LAST_WORD_SECONDS = 10.0  # to write how a rank ended: others decide by it whether to start again
 
 
 def run(plan: dict) -> int:
@@ -82,7 +84,18 @@ class Task:
     def write(self, **changes) -> None:
         """Tell the others how this rank stands."""
         self.record.update(changes, time=time.time())
-        write_atomically(self.control / f"rank{self.place.rank}.json", json.dumps(self.record))
+        until = time.monotonic() + (LAST_WORD_SECONDS if self.record.get("status") is not None else 0)
+        while True:
+            try:
+                write_atomically(self.control / f"rank{self.place.rank}.json", json.dumps(self.record))
+                return
+            except (
+                OSError
+            ) as error:  # a full disk: the trainer goes on, and so must its task; only the end is worth a wait
+                if time.monotonic() >= until:
+                    print(f"job: rank {self.place.rank} cannot tell how it stands: {error}", flush=True)
+                    return
+            time.sleep(WATCH_SECONDS)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The stages.
@@ -192,7 +205,7 @@ class Task:
                 rank, status, _ = self.bad_peer
                 self.say(f"killed, because rank {rank} ended with status {status}")
                 child.kill()
-            if now - heartbeat > 30:
+            if now - heartbeat > HEARTBEAT_SECONDS:
                 self.write()
                 heartbeat = now
         return translate(child.returncode, self.wanted)
@@ -234,7 +247,7 @@ class Task:
 
     def say(self, text: str) -> None:
         """Add a line of our own to the rank's log."""
-        with open(self.log, "a") as log:
+        with contextlib.suppress(OSError), open(self.log, "a") as log:  # a full disk must not stop what it tells about
             print(f"job: {text}", file=log)
 
 

@@ -4,6 +4,7 @@ The terminal's Ctrl-C must reach the submitter only: submitit's controller would
 a stop is asked for by a file that every task looks at (`control`/stop.json), which also reaches tasks that are still starting.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -86,7 +87,13 @@ class Attempt:
 
     def stop(self, number: signal.Signals) -> None:
         """Ask all ranks to save and leave, as if this signal had come."""
-        write_atomically(self.folder / "stop.json", json.dumps({"signal": number.name, "time": time.time()}))
+        try:
+            write_atomically(self.folder / "stop.json", json.dumps({"signal": number.name, "time": time.time()}))
+        except OSError:  # a full disk: then the tasks that are there already get the signal itself
+            for rank in self.ranks():
+                if rank and rank.get("status") is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(rank["pid"], number)
 
     def kill(self) -> None:
         """End every process of the job's session at once."""

@@ -2,11 +2,14 @@
 
 import json
 import re
+import time
 import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.small_disk import disk, full  # noqa: F401 - disk is a fixture
+from trainer import targets
 from trainer.config import ROOT
 from trainer.metrics import Metrics
 from trainer.metrics_table import TABLE, markdown
@@ -92,3 +95,38 @@ def test_names_follow_the_convention():
 
 def test_the_document_is_generated_from_the_table():
     assert (ROOT / "docs/metrics.md").read_text() == markdown()
+
+
+def test_lines_that_a_full_disk_refused_are_written_whole_when_it_has_space_again(disk, capsys):  # noqa: F811
+    metrics = Metrics(disk, 0, attempt=1, address="127.0.0.1", port=0)
+    for i in range(60):  # as long as the line of a network with as many layers, and longer than any buffer
+        for layer in range(8):
+            metrics.set(
+                "evenkeel_gain", 1 / (i + 1), layer=f"a layer of a name as long as names of layers are {i} {layer}"
+            )
+    metrics.publish(1)
+    with full(disk, leave_bytes=10_000):
+        for clock in (2, 3, 4):
+            metrics.set("evenkeel_images_seen", clock)
+            metrics.publish(clock)
+    metrics.set("evenkeel_images_seen", 5)
+    metrics.publish(5)
+    with full(disk):
+        metrics.set("evenkeel_images_seen", 6)
+        metrics.publish(6)
+        metrics.close()  # the run is saved by now: no error
+    lines = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("evenkeel_images_seen") for line in lines] == [None, 2, 3, 4, 5]
+    assert "lacks its last 1 lines" in capsys.readouterr().err
+
+
+def test_the_heart_goes_on_beating_after_a_full_disk(disk, capsys):  # noqa: F811
+    announced = targets.Target(disk, 0, "127.0.0.1:1", {}, every_seconds=0.05)
+    with full(disk):
+        announced.path.unlink()
+        (disk / "ballast2").write_bytes(b"x" * 4096)  # what the unlinking freed
+        time.sleep(0.3)
+        (disk / "ballast2").unlink()
+    time.sleep(0.3)
+    assert announced.path.is_file()
+    announced.withdraw()

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +117,31 @@ def test_signals_at_any_time_lead_to_one_status(data, tmp_path, when, numbers, s
     assert ranks.wait() == [status, status], ranks.output()
     state = json.loads((run / "state.json").read_text())
     assert state["status"] == "stopped" and state["clock"] == state["last_checkpoint"]
+
+
+def left_alone_with_a_full_log(folder: str) -> str:
+    import os
+    from datetime import timedelta
+    from pathlib import Path
+
+    import torch.distributed as dist
+
+    from trainer.peers import Peers
+
+    dist.init_process_group("gloo", timeout=timedelta(hours=1))
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    Peers(Path(folder), dist.get_rank(), 2, 1, group)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    time.sleep(60)  # as a collective on GPUs does, which knows nothing of sockets
+    return "still here"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_does_not_keep_a_rank_that_was_left_alone(tmp_path):
+    begun = time.monotonic()
+    with pytest.raises(AssertionError, match="left no result"):
+        on_ranks(2, left_alone_with_a_full_log, str(tmp_path))
+    assert time.monotonic() - begun < 40

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from data_pipeline import encode
 from tests.gloo import ROOT, Ranks
+from tests.small_disk import full, mounted
 from trainer.checkpoint import list_checkpoints
 from trainer.snapshots import file_name, read_header
 
@@ -204,3 +205,32 @@ def test_a_run_whose_checkpoints_are_gone_or_damaged_is_refused_and_not_begun_ag
     assert "Traceback" not in ranks.output()
     after = snapshots_of(run)
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.slow
+def test_a_last_save_that_finds_no_space_is_a_line_on_every_rank_and_what_was_saved_stands(data, tmp_path):
+    with mounted(tmp_path / "disk", 2**24) as folder:
+        run = folder / "run"
+        keys = ["snapshots.every_images=0", "checkpoints.every_images=512", f"run={run}", f"data.path={data}"]
+        keys += ["duration_images=1Mi", "cluster.ranks_per_node=2"]
+        ranks = Ranks(2, tmp_path / "logs", str(ROOT / "configs/quickstart.yaml"), *OVERRIDES, *keys)
+        wait_for_clock(run, 10 * BATCH, ranks)
+        while not list_checkpoints(run):
+            time.sleep(0.05)
+        with full(folder):
+            time.sleep(1)  # metrics and state go on without a disk
+            assert all(p.poll() is None for p in ranks.processes), ranks.output()
+            ranks.processes[0].send_signal(signal.SIGTERM)
+            assert ranks.wait() == [1, 1], ranks.output()
+        saved = json.loads((run / "state.json").read_text())["last_checkpoint"]
+        assert ranks.output().count("not saved: rank") >= 2 and "Traceback" not in ranks.output(), ranks.output()
+        ranks = start(run, data, "snapshots.every_images=0", f"duration_images={saved + 4 * BATCH}")
+        assert ranks.wait() == [0, 0] and f"continuing at {saved} images" in ranks.output(), ranks.output()
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_a_line(data, tmp_path):
+    ranks = start(tmp_path / "run", data, "engine.hang_seconds=3")
+    ranks.processes[1].kill()
+    assert ranks.processes[0].wait(60) == 1
+    assert "error: not all 2 ranks came within 3 s" in ranks.output() and "Traceback" not in ranks.output()

@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
+from tests.gloo import ROOT
 from tests.test_resume import data, finish, start, wait_for_clock  # noqa: F401 - data is a fixture
 from trainer import watchdog
 from trainer.stop import START_AGAIN
@@ -29,7 +32,7 @@ def test_a_hanging_rank_is_named_by_the_others_and_the_run_goes_on_afterwards(da
 @pytest.mark.parametrize(("step", "most"), [(0.1, 120), (2, 200), (60, 600)])
 def test_patience_is_a_number_of_usual_steps(tmp_path, monkeypatch, step, most):
     now = [1000.0]
-    monkeypatch.setattr(watchdog.time, "time", lambda: now[0])
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     one = watchdog.Watchdog(tmp_path, 0, 1, 1, 0, 100)
     one.limit = 600  # without the thread that watches
 
@@ -58,10 +61,46 @@ def test_a_watch_outlasts_a_disk_that_takes_no_files(tmp_path, capsys):
     one.alive("checkpoint")
     (tmp_path / "logs").rename(tmp_path / "gone")
     while "cannot tell the others" not in capsys.readouterr().err:
-        assert one._thread.is_alive() and time.time() - one.since < 60
+        assert one._thread.is_alive() and time.monotonic() - one.since < 60
         time.sleep(0.05)
     (tmp_path / "gone").rename(tmp_path / "logs")
     one.alive("vote")
     assert one._thread.is_alive()
     one.close()
     assert list((tmp_path / "logs").iterdir()) == []
+
+
+def test_a_clock_that_is_set_is_no_hang(tmp_path, monkeypatch):
+    one, asked, now = watchdog.Watchdog(tmp_path, 0, 1, 1, 0), [], time.time()
+    one.limit = 600  # without the thread that watches
+    monkeypatch.setattr(one, "_ask", asked.append)
+    one.alive("backward")
+    monkeypatch.setattr(watchdog.time, "time", lambda: now + 1e6)
+    one._look(0)
+    assert asked == []
+
+
+HANGS_ON_A_FULL_DISK = """
+import os, sys, time
+from pathlib import Path
+from trainer import watchdog
+
+watchdog.ANSWER_SECONDS, run, what = 0.1, Path(sys.argv[1]), sys.argv[2]
+one = watchdog.Watchdog(run, 0, 1, 1, 0.1)
+for _ in range(3):
+    one.alive("optimizer")
+    one.alive("backward")
+    one.alive("backward")
+if what == "log":
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+else:
+    (run / "logs").rename(run / "gone")  # takes no file
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("what", ["log", "folder"])
+def test_a_hang_ends_also_where_nothing_can_be_written(tmp_path, what):
+    command = [sys.executable, "-c", HANGS_ON_A_FULL_DISK, str(tmp_path), what]
+    assert subprocess.run(command, cwd=ROOT, timeout=50).returncode == START_AGAIN

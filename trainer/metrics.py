@@ -5,24 +5,27 @@ thread answers while a collective hangs. The JSONL has the clock and the attempt
 break: nothing is exported that is not in the table.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
 
 from trainer.metrics_table import BY_NAME
-from trainer.state import is_full
+from trainer.state import tell
 from trainer.targets import Target
 
 disable_created_metrics()  # one more series per counter, that nobody asked for
 
 
 LONGEST_LINE_BYTES = 2**24  # of metrics.jsonl
+MOST_UNWRITTEN_LINES = 1000  # kept in memory while the disk takes none: tens of megabytes for the largest networks
 
 
 class Metrics:
@@ -40,6 +43,7 @@ class Metrics:
         labels = {"run": run.name, "rank": str(rank), "attempt": str(attempt)}
         self.target = Target(run, rank, self.endpoint, labels)
         self._log = _open_log(run / "metrics.jsonl") if rank == 0 else None
+        self._unwritten: deque[bytes] = deque(maxlen=MOST_UNWRITTEN_LINES)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge, or a counter's total; metrics of scope 'run' are dropped on other ranks than 0."""
@@ -89,14 +93,20 @@ class Metrics:
         if self._log is None:
             return
         line = {"time": round(time.time(), 3), "attempt": self.attempt, **self._line}
-        try:
-            self._log.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
-            self._log.flush()
-        except OSError as error:  # kept in the file's buffer, and written with a later line
-            if not is_full(error):
-                raise
+        self._unwritten.append(json.dumps(_without_nan(line), allow_nan=False).encode() + b"\n")
+        self._write_lines()
         for tracker in self.trackers:
             tracker.log(clock, _flat(self._line))
+
+    def _write_lines(self) -> None:
+        """Write the lines that are not written yet, each whole; what the disk refuses waits for the next time."""
+        try:
+            while self._unwritten:
+                _append(self._log, self._unwritten[0])
+                self._unwritten.popleft()
+        except OSError as error:  # no reason to stop a training
+            if len(self._unwritten) == 1:
+                tell(f"warning: {self._log.name} is behind: {error}")
 
     def close(self) -> None:
         """Withdraw the endpoint and its announcement."""
@@ -104,20 +114,38 @@ class Metrics:
         self._server.shutdown()
         self._server.server_close()
         if self._log is not None:
-            os.fsync(self._log.fileno())
+            self._write_lines()
+            if self._unwritten:
+                tell(f"warning: {self._log.name} lacks its last {len(self._unwritten)} lines")
+            with contextlib.suppress(
+                OSError
+            ):  # said above, or of the disk's own making: the run itself is saved by now
+                os.fsync(self._log.fileno())
             self._log.close()
         for tracker in self.trackers:
             tracker.close()
 
 
-def _open_log(path: Path):
+def _open_log(path: Path) -> io.FileIO:
     """Open a log of JSON lines to append to; what follows its last newline was cut off by a kill, and goes."""
-    file = open(path, "ab+")
+    file = open(path, "ab+", buffering=0)
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - LONGEST_LINE_BYTES))
     tail = file.read()
     file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
-    return io.TextIOWrapper(file, encoding="utf-8")
+    return file
+
+
+def _append(file: io.FileIO, line: bytes) -> None:
+    """Write a whole line, or leave the file as it was: half of one would spoil the next."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 def _collector(metric, registry):

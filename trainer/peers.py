@@ -8,7 +8,6 @@ loses its power closes nothing: that is the watchdog's case (trainer/watchdog.py
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -99,6 +98,6 @@ class Peers:
                 self._tell(gone, status)  # before this rank's own thread may hear of it, and end
         self._known.set()
         time.sleep(GRACE_SECONDS)
-        print(f"error: {self._gone}", file=sys.stderr, flush=True)
+        state.tell(f"error: {self._gone}")  # may go to a full disk: this rank must end all the same
         state.fail(self.run, self._gone)
         os._exit(self._gone.status)

@@ -32,7 +32,7 @@ from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.peers import FOREVER, Peers
 from trainer.snapshot_writer import SnapshotWriter
-from trainer.state import RunState, is_full, tell
+from trainer.state import RunState, tell
 from trainer.stop import Stop
 from trainer.trackers import open_trackers
 from trainer.watchdog import PATIENCE_FACTOR, Watchdog
@@ -267,13 +267,16 @@ class Run:
         if durable != self.noted_durable:
             self._note_durable(durable)
         self.metrics.count("evenkeel_snapshots_written_total", self.snapshots.written)
-        try:
-            self.state.write(clock=self.clock, last_checkpoint=durable)
-        except OSError as error:  # of use to others only: it must not stop the training
-            if not is_full(error):
-                raise
-            self.say(f"warning: {self.state.path} is behind: {error}")
+        self._tell_others(clock=self.clock, last_checkpoint=durable)
         self.watchdog.alive("vote")
+
+    def _tell_others(self, **changes) -> None:
+        try:
+            self.state.write(**changes)
+        except (
+            OSError
+        ) as error:  # of use to others only: neither a full disk nor a file server's trouble may stop the run
+            self.say(f"warning: {self.state.path} is behind: {error}")
 
     def end(self, status: int) -> None:
         """Save, tell, and leave together: no rank goes before all are done saving."""
@@ -290,7 +293,7 @@ class Run:
         self.snapshots.close()
         self.stop.finish()
         self.note_progress()
-        self.state.write(status="finished" if self.ended() else "stopped")
+        self._tell_others(status="finished" if self.ended() else "stopped")
         self.say("finished" if self.ended() else f"stopped at {self.clock} images, exit status {status}")
         self.metrics.close()
         self.watchdog.close()

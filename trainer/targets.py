@@ -5,6 +5,7 @@ attributes), and it stops with the process, also after SIGKILL. Files whose hear
 start and as it goes; those of a run that is gone altogether by `python -m cluster.monitoring.targets`.
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -37,20 +38,19 @@ class Target:
                 remove_stale(self.folder, self.path)
             if self._ended.wait(self.every_seconds):
                 return
-            try:
-                os.utime(self.path)
-            except FileNotFoundError:  # this process was suspended, and taken for dead
-                write_atomically(self.path, self.content)
-            except (
-                OSError
-            ):  # no disk at present: the next beat tries again, and nothing but the announcement is at stake
-                continue
+            # no disk at present: the next beat tries again, and nothing but the announcement is at stake
+            with contextlib.suppress(OSError):
+                try:
+                    os.utime(self.path)
+                except FileNotFoundError:  # this process was suspended, and taken for dead
+                    write_atomically(self.path, self.content)
 
     def withdraw(self) -> None:
         """Remove the announcement."""
         self._ended.set()
         self._thread.join()
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is stale soon
+            self.path.unlink(missing_ok=True)
 
 
 def remove_stale(folder: Path, mine: Path, stale_seconds: float = STALE_SECONDS) -> list[Path]:

@@ -81,19 +81,22 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
     except (ValueError, FileNotFoundError, PermissionError) as error:  # data or a checkpoint that do not fit the config
         return _failed(folder, error, 2)
     except Exception as error:
-        traceback.print_exc()
-        return _failed(folder, error, 1)
+        return _failed(folder, error, 1, trace=not _is_told(error))
     try:
         return train(run)
     except (ValueError, FloatingPointError) as error:  # a damaged sample, a non-finite gradient: the line says it all
         return _failed(folder, error, 1)
     except Exception as error:
-        if isinstance(error, OSError) and state.is_full(error):
+        if _is_told(error):
             return _failed(folder, error, 1)
         if gone := run.peers.gone():  # what a collective's own error means
             return _failed(folder, gone, gone.status)
-        traceback.print_exc()
-        return _failed(folder, error, 1)
+        return _failed(folder, error, 1, trace=True)
+
+
+def _is_told(error: Exception) -> bool:
+    """Say whether a line tells all of an error: a full disk, or one of our own (it has no number), such as a missing rank."""
+    return isinstance(error, OSError) and (error.errno is None or state.is_full(error))
 
 
 def _record(config: Config, path: Path) -> None:
@@ -106,7 +109,9 @@ def _record(config: Config, path: Path) -> None:
         state.tell(f"warning: {path} says otherwise and stays as it is; this start goes by: {', '.join(changed)}")
 
 
-def _failed(folder: Path, error: Exception, status: int) -> int:
+def _failed(folder: Path, error: Exception, status: int, trace: bool = False) -> int:
+    if trace:
+        state.tell("".join(traceback.format_exception(error)).rstrip())
     state.tell(f"error: {error}")
     state.fail(folder, error)
     return status

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from trainer.stop import START_AGAIN
 PATIENCE_FACTOR = 10  # more time for what is done for the first time (compilation, cold caches) and for the filesystem
 USUAL_STEPS = 32  # whose median is the usual time of a step
 SHORTEST_SECONDS = 120.0  # however short the steps are: a shard may have to be fetched again, a machine may be busy
+DEAF_FACTOR = 2  # times its patience, and a rank that cannot even ask the others (a full disk) ends by itself
 ANSWER_SECONDS = 3.0  # how long to wait for the other ranks' word on who hangs, beyond the time in which they look
 LONGEST_POLL_SECONDS = 5.0
 FILESYSTEM = ("checkpoint", "snapshot", "state", "last save")
@@ -44,7 +44,7 @@ class Watchdog:
     def __init__(self, run: Path, rank: int, world: int, attempt: int, limit_seconds: float, limit_steps: int = 0):
         self.run, self.rank, self.world, self.attempt, self.limit = run, rank, world, attempt, limit_seconds
         self.limit_steps, self._stepped = limit_steps, deque(maxlen=USUAL_STEPS + 1)
-        self.doing, self.since = "starting", time.time()
+        self.doing, self.since = "starting", time.monotonic()  # a host's clock may be set; only words to others name it
         self._done: set[str] = set()  # what this start has done once already
         self._steps = 0
         self._asked_at = 0.0
@@ -60,7 +60,7 @@ class Watchdog:
         """Say what begins now."""
         self._steps += doing == "optimizer"
         self._done.add(self.doing)
-        self.doing, self.since = doing, time.time()
+        self.doing, self.since = doing, time.monotonic()
         if doing == "optimizer":
             self._stepped.append(self.since)
 
@@ -98,12 +98,17 @@ class Watchdog:
                 self._look(2 * poll + ANSWER_SECONDS)
             except OSError as error:  # a full disk: nobody can ask or answer, and the watch must outlast it
                 state.tell(f"warning: rank {self.rank} cannot tell the others what it does: {error}")
+                seconds = time.monotonic() - self.since
+                if seconds > DEAF_FACTOR * self._allowed():
+                    self._end(
+                        f"rank {self.rank}: no step for {seconds:.0f} s ({self.doing}), and nobody can be asked: {error}"
+                    )
 
     def _look(self, wait_seconds: float) -> None:
         """Answer a question that another rank has asked; ask one where this rank is late."""
         if question := self._question():
             self._answer(question)
-        late = time.time() - max(self.since, self._asked_at)
+        late = time.monotonic() - max(self.since, self._asked_at)
         if late > self._allowed() or (self.doing in FILESYSTEM and late > self._patience()):
             self._ask(wait_seconds)
 
@@ -114,17 +119,18 @@ class Watchdog:
             return ""
 
     def _answer(self, question: str) -> None:
-        word = {"to": question, "doing": self.doing, "since": self.since, "until": self.since + self._allowed()}
+        since = time.time() - (time.monotonic() - self.since)
+        word = {"to": question, "doing": self.doing, "since": since, "until": since + self._allowed()}
         beside = self._file(self.rank, "hang.writing")
         beside.write_text(json.dumps(word))
         os.replace(beside, self._file(self.rank, "hang"))
 
     def _ask(self, wait_seconds: float) -> None:
         """Find out which rank all wait for; end the process unless that one is only slow."""
-        self._asked_at, since = time.time(), self.since
+        self._asked_at, since = time.monotonic(), self.since
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         self._stacks.flush()
-        question = self._question() or f"rank {self.rank} at {self._asked_at}"
+        question = self._question() or f"rank {self.rank} at {time.time()}"
         durable.write_atomically(self._request, question.encode())
         self._answer(question)
         time.sleep(wait_seconds)
@@ -132,7 +138,7 @@ class Watchdog:
         words = ", ".join(f"rank {r}: {w['doing'] if w else 'no answer'}" for r, w in known.items())
         silent = [rank for rank, word in known.items() if word is None]
         guilty = silent[0] if silent else min(known, key=lambda rank: known[rank]["since"])
-        word, seconds = known[guilty], time.time() - since
+        word, seconds = known[guilty], time.monotonic() - since
         waits = word is not None and word["doing"] in FILESYSTEM
         what = f"waits for the filesystem ({word['doing']})" if waits else "hangs"
         text = (
@@ -140,10 +146,13 @@ class Watchdog:
         )
         if self.since != since or (word and time.time() < word["until"]):  # it was, or is, only slow
             if self.since == since and waits:
-                print(f"warning: {text}", file=sys.stderr, flush=True)
+                state.tell(f"warning: {text}")
             self._request.unlink(missing_ok=True)
             return
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        self._end(text)
+
+    def _end(self, text: str) -> None:
+        state.tell(f"error: {text}")
         state.fail(self.run, TimeoutError(text))
         os._exit(START_AGAIN)
 
