@@ -188,14 +188,14 @@ def last_checkpoint(run: Path) -> Path | None:
     """
     with contextlib.suppress(OSError):  # a run from before the pointer
         name = (run / "checkpoints" / "latest").read_text().strip()
-        if re.fullmatch(r"\d{10}", name) and (run / "checkpoints" / name / "manifest.json").is_file():
+        if re.fullmatch(r"\d{10,}", name) and (run / "checkpoints" / name / "manifest.json").is_file():
             return run / "checkpoints" / name
     found = [
         p
         for p in (run / "checkpoints").glob("*")
-        if re.fullmatch(r"\d{10}", p.name) and (p / "manifest.json").is_file()
+        if re.fullmatch(r"\d{10,}", p.name) and (p / "manifest.json").is_file()
     ]
-    return max(found, key=lambda p: p.name, default=None)
+    return max(found, key=lambda p: int(p.name), default=None)
 
 
 def saved_images(run: Path) -> int:

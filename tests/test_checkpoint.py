@@ -304,3 +304,78 @@ def flip(path: Path) -> None:
 
 def newer(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+
+
+def odd_names(run: str) -> list:
+    """What is kept beside a copy that a user made, and beyond ten digits; what there is of a clock while it is replaced."""
+    import shutil
+
+    from trainer import checkpoint_writer
+    from trainer.checkpoint import latest, list_checkpoints
+    from trainer.engine import Engine, start_process_group
+
+    start_process_group()
+    engine = Engine(config_of(micro_batch=BATCH), build(config_of()))
+    writer = writer_of(run, engine, keep_last=2)
+    folder, there = Path(run) / "checkpoints", []
+    writer.save(12, life=1, extras={})
+    writer.wait()
+    shutil.copytree(folder / "0000000012", folder / "0000000012.mine")
+    remove = shutil.rmtree
+
+    def watched(path, **how):
+        if Path(path).name == ".0000000012.discarded" and Path(path).exists():
+            there.append((folder / "0000000012/manifest.json").is_file())
+        remove(path, **how)
+
+    checkpoint_writer.shutil.rmtree = watched
+    writer.save(12, life=1, extras={})
+    for clock in (9_999_999_996, 10_000_000_008, 10_000_000_020):
+        writer.save(clock, life=1, extras={})
+    writer.wait()
+    mine = (folder / "0000000012.mine/manifest.json").is_file()
+    return [[p.name for p in list_checkpoints(Path(run))], latest(Path(run)).name, mine, there[0]]
+
+
+def test_copies_are_left_alone_many_images_sort_as_numbers_and_a_replaced_one_is_never_gone(tmp_path):
+    [found] = on_ranks(1, odd_names, str(tmp_path))
+    assert found == [["10000000008", "10000000020"], "10000000020", True, True]
+    from cluster.run_directory import last_checkpoint
+
+    assert last_checkpoint(tmp_path).name == "10000000020"
+    (tmp_path / "checkpoints/latest").unlink()
+    assert last_checkpoint(tmp_path).name == "10000000020"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives EIO")
+def test_a_sector_that_cannot_be_read_is_damage_too(saved, tmp_path):
+    import shutil
+
+    from trainer import checkpoint
+
+    shutil.copytree(saved, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/0000000036"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["rank00001.safetensors"]["bytes"] = 0
+    (newest / "rank00001.safetensors").unlink()
+    (newest / "rank00001.safetensors").symlink_to("/proc/self/mem")  # empty, and reading it is an I/O error
+    (newest / "manifest.json").write_text(json.dumps(checkpoint.seal(manifest)))
+    assert "rank00001.safetensors: not readable ([Errno 5]" in checkpoint.verify(newest)[0]
+    assert on_ranks(1, choose_one, str(tmp_path / "run")) == ["0000000024"]
+
+
+def test_a_file_that_cannot_be_removed_does_not_keep_a_run_from_starting(tmp_path):
+    import subprocess
+    from types import SimpleNamespace
+
+    from trainer.checkpoint_writer import CheckpointWriter
+
+    held = tmp_path / "checkpoints/.nfs000000000000000a0000001f"  # as a file server names what another host has open
+    held.parent.mkdir()
+    held.write_text("x")
+    if os.geteuid() or subprocess.run(["mount", "--bind", str(held), str(held)], capture_output=True).returncode:
+        pytest.skip("only root can make a file busy")
+    try:
+        CheckpointWriter(tmp_path, SimpleNamespace(rank=0, module=torch.nn.Linear(1, 1)), None, NoSnapshots(), 2)
+    finally:
+        subprocess.run(["umount", str(held)], check=True)

@@ -10,8 +10,10 @@ with its final name is whole. The file `latest` names the newest; it moves last,
 
 import argparse
 import contextlib
+import errno
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -46,8 +48,10 @@ def list_checkpoints(run: Path) -> list[Path]:
 
     What a later life saved is newer than what an abandoned one left beyond it.
     """
-    found = [p for p in (Path(run) / "checkpoints").glob("[0-9]*") if (p / "manifest.json").is_file()]
-    return sorted(found, key=lambda p: (_number(p, "life", unreadable=math.inf), p.name))
+    # a copy that somebody made, 0000000256.old, is none of the run's
+    named = [p for p in (Path(run) / "checkpoints").glob("[0-9]*") if re.fullmatch("[0-9]+", p.name)]
+    found = [p for p in named if (p / "manifest.json").is_file()]
+    return sorted(found, key=lambda p: (_number(p, "life", unreadable=math.inf), int(p.name)))
 
 
 def _number(checkpoint: Path, key: str, unreadable: float = 0.0) -> float:
@@ -90,10 +94,15 @@ def verify(checkpoint: Path) -> list[str]:
         return [f"{checkpoint}/manifest.json: not readable ({error})"]
     for name, entry in files.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            problems.append(f"{path}: missing or not {entry['bytes']} bytes long")
-        elif hash_file(path) != entry["xxh3"]:
-            problems.append(f"{path}: content differs from its checksum")
+        try:
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                problems.append(f"{path}: missing or not {entry['bytes']} bytes long")
+            elif hash_file(path) != entry["xxh3"]:
+                problems.append(f"{path}: content differs from its checksum")
+        except OSError as error:
+            if error.errno != errno.EIO:  # a file server's trouble may pass: that is for another start to find out
+                raise
+            problems.append(f"{path}: not readable ({error})")  # a bad sector does not heal
     return problems
 
 

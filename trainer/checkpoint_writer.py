@@ -5,6 +5,7 @@ their own that all have written before rank 0 renames the folder. One save is in
 completes only after every snapshot up to its clock is durable, or a kill could lose one.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -43,7 +44,10 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         if engine.rank == 0:
             for left in (run / "checkpoints").glob(".*"):  # of a life that was killed while it wrote or deleted
-                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+                with contextlib.suppress(
+                    OSError
+                ):  # a file server's own (.nfs...) goes when nobody has it open any more
+                    left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
         self._error: BaseException | None = None
 
     def save(self, clock: int, life: int, extras: dict) -> None:
@@ -120,10 +124,12 @@ class CheckpointWriter:
             return
         manifest["files"] = {name: entry for part in files for name, entry in part.items()}
         write_atomically(beside / "manifest.json", json.dumps(seal(manifest), indent=1).encode())
-        if final.exists():  # only ever a damaged one: a whole one would have been resumed from
-            _discard(final)
+        # one of that clock is damaged or of an abandoned life, or it was told to have failed; it goes when the new one is there
+        hidden = _hide(final) if final.exists() else None
         os.replace(beside, final)
         sync_folder(final.parent)
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
         write_atomically(
             final.parent / "latest", f"{final.name}\n".encode()
         )  # before older ones go: it names none of them
@@ -147,12 +153,12 @@ class CheckpointWriter:
         # what lies beyond the clock, or was gone back behind, was passed over as damaged: it must not count among the ones to keep
         found = list_checkpoints(self.run)
         lost = abandoned(found)
-        passed = sorted(p for p in found if int(p.name) <= clock)
+        passed = sorted((p for p in found if int(p.name) <= clock), key=lambda p: int(p.name))
         kept = [p for p in passed if p not in lost and is_readable(p)][-self.keep_last :]
         for path in passed:
             for_good = self.keep_every_images and int(path.name) % self.keep_every_images == 0 and path not in lost
             # what can't be read may be readable again (a file server's trouble): it goes when it would have gone
-            in_trouble = not is_readable(path) and path > kept[0]
+            in_trouble = not is_readable(path) and int(path.name) > int(kept[0].name)
             if path not in kept and not for_good and not in_trouble:
                 _discard(path)
 
@@ -166,12 +172,17 @@ class CheckpointWriter:
 
 def _discard(folder: Path) -> None:
     """Remove a checkpoint; hidden first, so that none with a final name is ever half there."""
-    hidden = folder.with_name(f".{folder.name}.discarded")
     try:
-        os.replace(folder, hidden)
+        shutil.rmtree(_hide(folder), ignore_errors=True)
     except OSError as error:  # an old checkpoint that stays costs disk space, nothing else
         tell(f"warning: {folder} stays: {error}")
-    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hide(folder: Path) -> Path:
+    hidden = folder.with_name(f".{folder.name}.discarded")
+    shutil.rmtree(hidden, ignore_errors=True)  # of a removal that did not come to its end
+    os.replace(folder, hidden)
+    return hidden
 
 
 def _read_umask() -> int:
