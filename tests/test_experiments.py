@@ -91,6 +91,20 @@ def test_a_wrong_file_is_one_line(change, message, tmp_path, capsys):
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--arms", "narrow,wide"], "--arms wide: is no arm; they are narrow, narrow_laplace"),
+        (["--arms", "narrow_laplace"], "leaves out narrow"),
+        (["--baseline", "wide"], "--baseline wide: is no arm"),
+    ],
+)
+def test_arms_that_cannot_be_compared_are_one_line(option, message, tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    assert experiments.main([str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), *option]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_a_difference_is_paired_and_resolved_by_student():
     seeds = {0: 10.0, 1: 20.0, 2: 30.0}
     mean, half, resolved = experiment_report.difference({0: 11.0, 1: 21.1, 2: 31.2}, seeds)

@@ -213,6 +213,7 @@ def main(argv=None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, of all arms; with them give another --runs folder")
     parser.add_argument("--data", type=Path, help="dataset folder instead of the digits")
     parser.add_argument("--seeds", help="for instance 0,1,2; default: the experiment's")
+    parser.add_argument("--arms", help="for instance edm2,unode; default: all")
     parser.add_argument("--baseline", help="arm that the others are compared with; default: the experiment's")
     parser.add_argument("--evaluate", metavar="OPTIONS", help="of trainer.evaluate, instead of the experiment's")
     parser.add_argument("--runs", type=Path, default=config.ROOT / "runs" / "experiments", help="default %(default)s")
@@ -220,8 +221,16 @@ def main(argv=None) -> int:
     options = parser.parse_intermixed_args(argv)  # overrides may follow options
     try:
         name, experiment = Path(options.experiment).stem, read(options.experiment)
-        if options.baseline and options.baseline not in experiment.arms:
-            raise ValueError(f"--baseline {options.baseline}: is no arm; they are {', '.join(experiment.arms)}")
+        arms = options.arms.split(",") if options.arms else list(experiment.arms)
+        baseline = options.baseline or experiment.baseline
+        for key, arm in [("--arms", arm) for arm in arms] + [("--baseline", baseline)]:
+            if arm not in experiment.arms:
+                raise ValueError(f"{key} {arm}: is no arm; they are {', '.join(experiment.arms)}")
+        if baseline not in arms:
+            raise ValueError(
+                f"--arms {options.arms}: leaves out {baseline}; add it, or compare with another --baseline"
+            )
+        experiment = dataclasses.replace(experiment, arms={arm: experiment.arms[arm] for arm in arms})
         seeds = _seeds(options.seeds) if options.seeds else experiment.seeds
         runs = options.runs / (experiment.cells_of or name)
         every = cells(experiment, runs, options.data, seeds, options.overrides)
@@ -237,9 +246,7 @@ def main(argv=None) -> int:
             found.append((cell, measure(cell, options.evaluate or experiment.evaluate)))
         from trainer import experiment_report
 
-        made = experiment_report.write(
-            options.out or runs, name, rows(found), options.baseline or experiment.baseline, experiment.plot
-        )
+        made = experiment_report.write(options.out or runs, name, rows(found), baseline, experiment.plot)
         print("\n".join(made))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
