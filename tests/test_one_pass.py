@@ -11,13 +11,21 @@ import torch
 from models.magnitude import EPS
 from tests import test_engine
 from tests.gloo import on_ranks
+from trainer import one_pass
 from trainer.ema import ShardedEma
 from trainer.optimizer import Fragment, MagnitudeAdam
 
 # (rows, row length, first element, last element): whole tensors, and parts that begin and end inside of rows, or lie within one
-TENSORS = [(5, 45, 0, 225), (4, 33, 17, 120), (3, 70, 75, 130), (3, 1700, 0, 5100), (1, 1, 0, 1), (6, 16, 16, 96)]
-GAIN = 4  # the tensor of one element has no rows
+TENSORS = [(5, 45, 0, 225), (4, 33, 17, 120), (3, 70, 75, 130), (3, 1700, 0, 5100), (1, 1, 0, 1), (6, 16, 16, 96),
+           (5, 31, 2, 153)]  # fmt: skip
+PLAIN = (4, 6)  # have no rows: a gain, and a weight that is not normalised
+CHUNK = 64  # elements at which such a weight is cut
 CASES = [((0.05, 0.10), ()), ((), ()), ((0.05, 0.10, 0.2), (2, 3))]  # tracked lengths, steps with a non-finite gradient
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(one_pass, "CHUNK", CHUNK)
 
 
 def trained(device: str, one_pass: bool, sigma_rel=(0.05, 0.10), poisoned=(), policy="skip", steps=5):
@@ -29,7 +37,7 @@ def trained(device: str, one_pass: bool, sigma_rel=(0.05, 0.10), poisoned=(), po
         parameter = torch.nn.Parameter(flat)
         flats.append(parameter)
         master = parameter.detach()[3:]  # not aligned
-        fragments.append(Fragment(f"t{i}", (rows, n), first, master, 0 if i == GAIN else n, parameter, 3))
+        fragments.append(Fragment(f"t{i}", (rows, n), first, master, 0 if i in PLAIN else n, parameter, 3))
     adam = torch.optim.Adam(flats, lr=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True)
     ema = ShardedEma(fragments, sigma_rel) if sigma_rel else None
     optimizer = MagnitudeAdam(adam, fragments, ema, policy, one_pass=one_pass)
@@ -62,6 +70,16 @@ def check_same(device: str) -> None:
 
 def test_on_a_cpu():
     check_same("cpu")
+
+
+def test_segments_are_short_and_cover_every_element_once():
+    _, _, optimizer = trained("cpu", False, steps=1)
+    found = one_pass.segments(optimizer.layout, optimizer.fragments)
+    covered = [torch.zeros(f.master.numel(), dtype=torch.int64) for f in optimizer.fragments]
+    for fragment, begin, n, kind, _ in found.tolist():
+        covered[fragment][begin : begin + n] += 1
+        assert kind != one_pass.PLAIN or n <= CHUNK
+    assert all(c.eq(1).all() for c in covered) and (found[:, 3] == one_pass.PLAIN).sum() == 1 + 3
 
 
 def test_a_masked_step_moves_the_averages_alone():
@@ -127,7 +145,7 @@ def test_the_triton_kernel_in_its_interpreter():
 
 def interpreted() -> None:
     """Compare the kernel with the plain step where Triton interprets."""
-    from trainer import one_pass, one_pass_triton
+    from trainer import one_pass_triton
 
     class Interpreted(one_pass.OnePass):
         def __init__(self, optimizer):
@@ -137,7 +155,7 @@ def interpreted() -> None:
     import trainer.optimizer
 
     trainer.optimizer.OnePass = Interpreted
-    one_pass_triton.BLOCK = 64  # several blocks to a row here too
+    one_pass_triton.BLOCK, one_pass.CHUNK = 64, CHUNK  # several blocks to a row here too
     check_same("cpu")
 
 

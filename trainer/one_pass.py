@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainer.optimizer import MagnitudeAdam
 
 PLAIN, ROW = -2, -1  # kinds of segments; others are slots of cut rows
+CHUNK = 2**14  # elements of a tensor without rows that are one segment: a whole one would keep one program busy after all others
 
 
 class OnePass:
@@ -72,5 +73,7 @@ def segments(layout, fragments) -> Tensor:
         f, n = index[whole.fragment.name], whole.fragment.row_length
         rows += [(f, begin, n, ROW, n) for begin in range(whole.begin, whole.end, n)]
     rows += [(index[p.fragment.name], p.begin, p.end - p.begin, p.slot, p.fragment.row_length) for p in layout.pieces]
-    rows += [(index[f.name], 0, f.master.numel(), PLAIN, 1) for f in layout.plain]
+    for f in layout.plain:
+        n = f.master.numel()
+        rows += [(index[f.name], begin, min(CHUNK, n - begin), PLAIN, 1) for begin in range(0, n, CHUNK)]
     return torch.tensor(sorted(rows, key=lambda row: -row[2]), dtype=torch.int64).view(-1, 5)
