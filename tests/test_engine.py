@@ -175,6 +175,22 @@ def test_sharded_equals_whole(world, whole):
             assert 0.97 * size <= max(rank[i]["held"][kind] for rank in ranks) <= 1.02 * size, (case, kind)
 
 
+def overlapped_training(cases: list[tuple[int, int]]) -> list:
+    """As on GPUs, where each rank reduces while its backward goes on: the order of things, without their streams."""
+    from trainer import zero
+
+    alone, zero.BUCKET_ELEMENTS = zero.settings, 2000  # many messages in one backward
+    zero.settings = lambda config, parameters, micro_steps, _: alone(config, parameters, micro_steps, True)
+    return sharded_training(cases)
+
+
+def test_overlapping_the_reduction_changes_nothing(whole):
+    cases = [(2, 2), (3, 2)]
+    for results in on_ranks(2, overlapped_training, cases):
+        for case, result in zip(cases, results, strict=True):
+            assert all(difference(p, whole[0][name]) < 5e-6 for name, p in result["weights"].items()), case
+
+
 def nonfinite_steps(cases: list[tuple[int, str]]) -> list[dict]:
     """Two ranks, a NaN in one tensor's gradient on rank 1 in the second of four steps."""
     from trainer.engine import Engine, start_process_group

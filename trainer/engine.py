@@ -104,7 +104,7 @@ class Engine:
         exact = {n: p.detach().to("cpu", copy=True) for n, p in self.module.named_parameters()} if self._casts else {}
         o = config.optimizer
         adam = torch.optim.Adam(self.module.parameters(), lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)
-        settings = zero.settings(config, self.num_parameters(), self.micro_steps, on_gpu())
+        settings = zero.settings(config, self.num_parameters(), self.micro_steps, on_gpu() and self.world > 1)
         self._deepspeed, *_ = deepspeed.initialize(model=self.module, optimizer=adam, config=settings)
         self.fragments = self._find_fragments(adam)
         if config.engine.zero_stage:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from trainer.optimizer import MagnitudeAdam
 
 PLAIN, ROW = -2, -1  # kinds of segments; others are slots of cut rows
-CHUNK = 2**14  # elements of a tensor without rows that are one segment: a whole one would keep one program busy after all others
+CHUNK = (
+    2**14
+)  # elements of a tensor without rows that are one segment: a whole one would keep one program busy after all others
 
 
 class OnePass:

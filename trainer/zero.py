@@ -17,12 +17,15 @@ from trainer.optimizer import Fragment
 BUCKET_ELEMENTS = 2**25
 
 
-def settings(config: Config, num_parameters: int, micro_steps: int, on_gpu: bool) -> dict:
-    """Return DeepSpeed's config for a run whose network has `num_parameters`."""
+def settings(config: Config, num_parameters: int, micro_steps: int, overlaps: bool) -> dict:
+    """Return DeepSpeed's config for a run whose network has `num_parameters`; `overlaps` where there is something to overlap.
+
+    Overlapping, DeepSpeed waits for the whole device after every backward: a GPU that is alone has better to do.
+    """
     zero = {
         "stage": config.engine.zero_stage,
         "round_robin_gradients": False,  # with it, `_hp_mapping` points at other tensors
-        "overlap_comm": config.engine.overlap and on_gpu,
+        "overlap_comm": config.engine.overlap and overlaps,
         # DeepSpeed's default is one bucket of 2 GB, which would hold most networks whole and overlap nothing
         "reduce_bucket_size": min(num_parameters, BUCKET_ELEMENTS),
     }
