@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from data_pipeline import encode
 from tests.gloo import ROOT, Ranks
 from tests.small_disk import full, mounted
-from trainer.checkpoint import list_checkpoints
+from trainer.checkpoint import list_checkpoints, seal
 from trainer.snapshots import file_name, read_header
 
 STEPS, BATCH = 12, 64
@@ -234,3 +234,18 @@ def test_a_rank_that_never_comes_is_a_line(data, tmp_path):
     ranks.processes[1].kill()
     assert ranks.processes[0].wait(60) == 1
     assert "error: not all 2 ranks came within 3 s" in ranks.output() and "Traceback" not in ranks.output()
+
+
+@pytest.mark.slow
+def test_steps_that_were_zeroed_do_not_stop_a_run_that_goes_on_with_another_policy(data, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    path = list_checkpoints(run)[-1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["extras"] |= {"nonfinite_steps": 7, "nonfinite": {"policy": "zero", "before": 0}}
+    path.write_text(json.dumps(seal(manifest)))
+    for steps, policy in ((4, "stop"), (8, "stop"), (12, "skip")):
+        more = ["optimizer.max_skipped_steps=3", f"optimizer.nonfinite={policy}"]
+        finish(run, data, f"duration_images={(STEPS + steps) * BATCH}", *more)
+        line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (line["evenkeel_nonfinite_steps_total"], line["evenkeel_images_seen"]) == (7, (STEPS + steps) * BATCH)

@@ -53,3 +53,27 @@ def test_a_line_of_metrics_that_a_kill_cut_off_does_not_spoil_the_next(tmp_path)
         metrics.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0] == {"clock": 1} and [line["attempt"] for line in lines[1:]] == [2, 3]
+
+
+def test_lives_count_on_from_snapshots_too_where_the_state_is_lost(tmp_path):
+    import torch
+
+    from trainer import snapshots, tensor_file
+
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+
+    def write(clock: int, life: int, start: int) -> None:
+        header = {"kind": "ema", "clock": clock, "sigma_rel": 0.05, "life": life, "life_start": start}
+        tensor_file.write(folder / snapshots.file_name(clock, 0.05), header, {"w": torch.ones(3)})
+
+    write(64, 1, 0)
+    write(128, 1, 0)
+    write(192, 3, 64)  # life 3 was killed before its first checkpoint, and state.json is gone
+    (folder / snapshots.file_name(256, 0.05)).write_bytes(b"damaged")
+    run = state.RunState(tmp_path, 0, 64)
+    (folder / snapshots.file_name(256, 0.05)).unlink()
+    assert run.attempt == 4
+    write(96, run.attempt, 64)
+    left_out = [s.clock for s in snapshots.abandoned(snapshots.list_snapshots(tmp_path))]
+    assert left_out == [128, 192], "what the living one writes is not what is left out"

@@ -42,12 +42,20 @@ class Meter:
     """Collects what happens in each step and publishes it every `metrics.every_images`."""
 
     def __init__(
-        self, config: Config, engine: Engine, source: Source, metrics: Metrics, clock: int, cost: flops.Counts
+        self,
+        config: Config,
+        engine: Engine,
+        source: Source,
+        metrics: Metrics,
+        clock: int,
+        cost: flops.Counts,
+        bad_before: int = 0,
     ):
         self.config, self.engine, self.source, self.metrics, self.cost = config, engine, source, metrics, cost
         recomputed = cost.recomputed_flops_per_image if config.engine.activation_checkpointing else 0
         self.hardware_flops = cost.training_flops_per_image + recomputed
         self.peak = _peak(config, engine.device)
+        self.bad_before = bad_before  # non-finite steps that count for nothing here
         self.profiles = Profiles(metrics.run, metrics.rank, engine.device, config.metrics.profile_at_images)
         self.elements = config.model.channels * config.model.resolution**2
         self.clock = self.published_clock = clock
@@ -101,9 +109,9 @@ class Meter:
 
     def check_finite(self) -> None:
         """Raise FloatingPointError on every rank when the policy says that the run must not go on; it knows a step later."""
-        policy, steps = self.config.optimizer, self.engine.optimizer.nonfinite_steps()
+        policy, steps = self.config.optimizer, self.engine.optimizer.nonfinite_steps() - self.bad_before
         if (
-            steps == 0
+            steps <= 0
             or policy.nonfinite == "zero"
             or (policy.nonfinite == "skip" and steps <= policy.max_skipped_steps)
         ):

@@ -74,7 +74,11 @@ class Run:
         held = ", ".join(f"{kind} {n / 2**20:.1f} MiB" for kind, n in self.engine.held_bytes().items())
         self.say(f"rank 0 of {self.world} holds, ZeRO stage {config.engine.zero_stage}: {held}")
         self.clock, extras = checkpoint.restore(found, self.engine) if found else (0, {})
-        self.engine.optimizer.num_nonfinite.fill_(extras.get("nonfinite_steps", 0))
+        bad = extras.get("nonfinite_steps", 0)
+        self.engine.optimizer.num_nonfinite.fill_(bad)
+        # steps of another policy, zeroed ones for instance, are none that this one forbids
+        counted = extras.get("nonfinite", {"policy": "skip", "before": 0})  # an earlier version's: only skip counts on
+        self.bad_before = counted["before"] if counted["policy"] == config.optimizer.nonfinite else bad
         self.examples.noise_levels.restore(extras.get("noise"), self.rank)
         if "quarantine" in extras:
             self.examples.source.load_state(extras["quarantine"])
@@ -98,7 +102,7 @@ class Run:
         self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
         self.metrics.load_state(extras.get("metrics", {}), self.world)
         cost = flops.count(to_dict(config)["model"])
-        self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, cost)
+        self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, cost, self.bad_before)
         self.metrics.count("evenkeel_snapshots_written_total", 0)
         self._note_durable(self.clock)
         self.state.write(status="running", clock=self.clock)
@@ -236,6 +240,7 @@ class Run:
     def _extras(self) -> dict:
         """Return what truly is state besides the tensors: bad steps, what was counted, the union of the quarantines; collective."""
         extras = {"version": 1, "nonfinite_steps": int(self.engine.optimizer.num_nonfinite)}
+        extras["nonfinite"] = {"policy": self.config.optimizer.nonfinite, "before": self.bad_before}
         self.meter.count_data()
         counted = [None] * self.world
         dist.all_gather_object(counted, self.metrics.state())

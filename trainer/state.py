@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from data_pipeline.durable import write_atomically
 
 VERSION = 1
+_LONGEST_HEADER_BYTES = 100_000_000  # of a safetensors file
 
 
 def read(run: str | os.PathLike) -> dict:
@@ -47,7 +49,7 @@ class RunState:
             "status": "starting",
             "clock": before.get("clock", 0),
             "duration": duration_images,
-            "attempt": max(before.get("attempt", 0), _saved_life(Path(run))) + 1,
+            "attempt": max(before.get("attempt") or _written_life(Path(run)), _saved_life(Path(run))) + 1,
             "last_checkpoint": before.get("last_checkpoint", 0),
             "last_error": "",
             "parent": before.get("parent", ""),  # the run this one was forked from
@@ -75,6 +77,18 @@ def _saved_life(run: Path) -> int:
             OSError, ValueError, KeyError, TypeError
         ):  # a damaged one is reported where it is read
             newest = max(newest, int(json.loads(manifest.read_text())["life"]))
+    return newest
+
+
+def _written_life(run: Path) -> int:
+    """Return the newest life that a snapshot names: one that ended before its first checkpoint may have left these alone."""
+    newest = 0
+    for snapshot in (run / "snapshots").glob("ema-*.safetensors"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, struct.error):
+            with open(snapshot, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                entries = json.loads(file.read(min(length, _LONGEST_HEADER_BYTES)))
+            newest = max(newest, int(json.loads(entries["__metadata__"]["evenkeel"])["life"]))
     return newest
 
 
