@@ -4,17 +4,21 @@ Time: the step with projection, renormalisation and two averages against plain A
 ratio holds on a busy machine too. Memory: bytes per parameter on each of two gloo ranks, by ZeRO stage, measured and predicted.
 """
 
+import argparse
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from statistics import median
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
+from trainer.child import die_with_parent
 from trainer.config import ROOT, Config
 from trainer.ema import ShardedEma
 from trainer.engine import Engine, build_denoiser, start_process_group
@@ -121,6 +125,7 @@ def memory(folder: str, world: int = 2) -> list[dict]:
             command,
             cwd=ROOT,
             env=known | {"RANK": str(r), "LOCAL_RANK": str(r), "CUDA_VISIBLE_DEVICES": ""},
+            preexec_fn=die_with_parent,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE if r == 0 else subprocess.DEVNULL,
         )
@@ -128,9 +133,13 @@ def memory(folder: str, world: int = 2) -> list[dict]:
     ]
     try:
         errors = ranks[0].communicate(timeout=600)[1]
-    finally:
         for p in ranks[1:]:
             p.kill() if ranks[0].returncode else p.wait(60)
+    except BaseException:  # Ctrl-C, or one that hangs: none outlives this
+        for p in ranks:
+            p.kill()
+            p.wait()
+        raise
     if ranks[0].returncode:
         raise RuntimeError(f"measuring memory on {world} ranks failed:\n{errors.decode()}")
     with open(out) as f:
@@ -158,3 +167,18 @@ def tables(ratio: dict, rows: list[dict]) -> list[Table]:
         total = sum(r[kind] for kind in KINDS)
         second.add_row(str(r["zero_stage"]), r["dtype"], *parts, f"{total:.2f}", f"{r['predicted']:.2f}")
     return [first, second]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print both tables."""
+    if options.steps < 1:
+        raise ValueError(f"--steps {options.steps}: must be at least 1")
+    ratio = step_ratio(options.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = memory(folder)
+    if options.json:
+        print(json.dumps({"optimizer_step_cpu": ratio, "bytes_per_parameter": rows}))
+        return 0
+    for each in tables(ratio, rows):
+        Console(width=None if sys.stdout.isatty() else 120).print(each)
+    return 0

@@ -132,27 +132,20 @@ def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for and print it."""
     from rich.console import Console
 
-    try:
-        _check(options)
-        presets = options.preset.split(",")
-        if options.here:
-            return _here(options)
-        for preset in presets:  # what is wrong is told before anything runs
-            compose(preset, options.overrides, 1, options.device == "cuda")
-        if options.reference:
-            once = copy.copy(options)
-            once.steps, once.profile = 1, None
-            in_own_process(once, presets[0], "reference", 1)
-        results = []
-        for preset in presets:
-            with Console(stderr=True).status(f"measuring {preset} ..."):
-                results += compare(options, preset)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    _check(options)
+    presets = options.preset.split(",")
+    if options.here:
+        return _here(options)
+    for preset in presets:  # what is wrong is told before anything runs
+        compose(preset, options.overrides, 1, options.device == "cuda")
+    if options.reference:
+        once = copy.copy(options)
+        once.steps, once.profile = 1, None
+        in_own_process(once, presets[0], "reference", 1)
+    results = []
+    for preset in presets:
+        with Console(stderr=True).status(f"measuring {preset} ..."):
+            results += compare(options, preset)
     if options.json:
         print(json.dumps({"training": results, "torch": torch.__version__, "date": str(date.today())}))
         return 0
@@ -188,7 +181,7 @@ def _open(config: Config, options: argparse.Namespace) -> timed_loop.Loop | refe
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Fill in what depends on the machine; ValueError for what it cannot do, OSError where nothing can be written."""
+    """Fill in what depends on the machine; ValueError for what it cannot do."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or look at nvidia-smi")
@@ -210,5 +203,10 @@ def _check(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: must be at least 1")
     if options.profile:
-        Path(options.profile).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.profile).close()
+        try:
+            Path(options.profile).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.profile).close()
+        except OSError as error:
+            raise ValueError(
+                f"--profile {options.profile}: nothing can be written there ({error.strerror}); name another folder"
+            ) from None

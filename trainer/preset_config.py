@@ -14,7 +14,7 @@ def compose(preset: str, overrides: list[str], micro_batch: int, on_gpu: bool) -
         raise ValueError(f"--preset {preset}: choose among {', '.join(sorted(known))}")
     plain = _merged(known[preset])
     own = {"cluster.nodes": 1, "cluster.ranks_per_node": 1, "global_batch": micro_batch, "micro_batch": micro_batch}
-    own |= {"duration_images": micro_batch * 1_000_000, "run": "unused"}
+    own |= {"run": "unused"}
     if not on_gpu:  # fp16 is slow on CPUs, and compiling takes minutes
         own |= {"engine.activations": "fp32", "engine.compile": "false"}
     for key, value in own.items():
@@ -23,7 +23,12 @@ def compose(preset: str, overrides: list[str], micro_batch: int, on_gpu: bool) -
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r}: must be written key=value, for instance engine.compile=true")
-        _put(plain, key, yaml.safe_load(value))
+        try:
+            _put(plain, key, yaml.safe_load(value))
+        except (yaml.YAMLError, AttributeError, TypeError):  # no YAML, or a key inside of what holds none
+            raise ValueError(f"override {override!r}: cannot be read; write KEY=VALUE as in a config") from None
+    if isinstance(plain["global_batch"], int):
+        plain["duration_images"] = 1_000_000 * plain["global_batch"]  # whole batches: nothing here ends
     return from_dict(plain)
 
 

@@ -5,11 +5,15 @@ guidance, guided by a network of half the channels, and by the same network with
 batch. Without a preset: a small network.
 """
 
+import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from models.denoiser import build
@@ -117,3 +121,21 @@ def table(rows: list[dict], device: str) -> Table:
         out.add_row(r["preset"], r["guide"], str(r["compiled"]).lower(), str(r["batch"]), f"{r['images_per_second']:.4g}",
                     gains, f"{r['flops_per_second'] / 1e12:.4g}", goal)  # fmt: skip
     return out
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what the options ask for and print it; --compiled is for GPUs, or for those who wait."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu, or look at nvidia-smi")
+    if options.batch < 1 or options.steps < 1:
+        raise ValueError(f"--batch {options.batch} --steps {options.steps}: both must be at least 1")
+    rows, repeats = [], min(options.steps, 3)
+    for preset in options.preset.split(",") if options.preset else [None]:
+        for compiled in (False, True) if options.compiled else (False,):
+            rows += measure(preset, options.batch, 32, device, compiled, repeats, options.overrides)
+    if options.json:
+        print(json.dumps({"sampling": rows, "torch": torch.__version__, "device": device}))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(table(rows, device))
+    return 0
