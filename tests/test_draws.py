@@ -75,3 +75,17 @@ def test_each_point_of_the_sequence_is_uniform_over_seeds():
 def test_the_sequence_goes_on_beyond_32_bits_with_another_scramble():
     at = torch.arange(256)
     assert not torch.equal(draws.sigma_uniform(0, at), draws.sigma_uniform(0, at + 2**32))
+
+
+def test_no_counter_is_taken_for_an_index():
+    """Inductor folds arithmetic on arange into 32-bit indices on GPUs (torch 2.11), where Philox's multipliers overflow."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda where: draws.normal(0, "noise", where, (4, 8, 8)))(torch.arange(3) + 10**9).graph
+    pending = [n for n in graph.nodes if n.op == "call_function" and "arange" in str(n.target)]
+    assert pending
+    while pending:  # what may be folded: arange, its views, and sums and products of these
+        for user in pending.pop().users:
+            name = str(user.target)
+            assert "mul" not in name and "add" not in name, user
+            pending += [user] if "view" in name or "expand" in name else []

@@ -43,7 +43,8 @@ def stream_number(stream: str) -> int:
 def bits(seed: int, stream: str, positions: Tensor, count: int) -> Tensor:
     """Return int64 [N, count] words in [0, 2^32), row n a function of (seed, stream, positions[n]) alone."""
     positions = positions.to(torch.int64).view(-1, 1)
-    element = torch.arange((count + 3) // 4, device=positions.device).view(1, -1)
+    # masked, though it changes nothing: Inductor would take a multiple of arange for an index, of 32 bits on GPUs, and overflow
+    element = torch.arange((count + 3) // 4, device=positions.device).view(1, -1) & _MASK
     words = philox(
         seed, element, positions & _MASK, (positions >> 32) & _MASK, torch.full_like(element, stream_number(stream))
     )
