@@ -6,7 +6,6 @@ what may change is where it runs (`cluster.*`, `metrics.*`, where the data lies)
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -212,7 +211,7 @@ def hold(run: Path) -> int:
     """Lock the run for this process's life and return the descriptor; ValueError when another submission is active."""
     lock = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o664)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        durable.lock(lock)
     except BlockingIOError:
         who = os.read(lock, 200).decode().strip() or "another process"
         os.close(lock)
@@ -235,7 +234,7 @@ def follower(run: Path) -> tuple[int, str]:
     """Return pid and host of the submission that holds the run, (0, "") when none does."""
     try:
         with open(run / ".lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            durable.lock(lock, shared=True)
     except FileNotFoundError:
         return 0, ""
     except BlockingIOError:

@@ -8,14 +8,13 @@ Nothing is copied: an index goes beside each shard, and a manifest. (Compressed 
 
 import argparse
 import contextlib
-import fcntl
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import index, manifest, mds, wds
+from data_pipeline import durable, index, manifest, mds, wds
 from data_pipeline.manifest import Manifest
 from data_pipeline.measure import Statistics
 
@@ -28,7 +27,7 @@ def alone(folder: Path):
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        durable.lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -6,7 +6,6 @@ for ever: a transfer that brings no byte for `timeout_seconds` is given up, and 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import xxhash
 
-from data_pipeline import manifest, remote
+from data_pipeline import durable, manifest, remote
 from data_pipeline.manifest import Manifest
 
 
@@ -117,7 +116,7 @@ class Cache:
         """Let one thread of one process at a file; the lock goes with the process, also after SIGKILL."""
         descriptor = os.open(self.folder / ".locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            durable.lock(descriptor, wait=True)
             yield
         finally:
             os.close(descriptor)

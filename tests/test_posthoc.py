@@ -281,3 +281,13 @@ def test_a_model_key_that_came_later_has_its_default_in_older_snapshots():
     posthoc._check_one_run([snapshot(1), snapshot(2, prediction="edm")])
     with pytest.raises(ValueError, match="its model is not that of"):
         posthoc._check_one_run([snapshot(1), snapshot(2, prediction="v")])
+
+
+def test_what_rounding_would_drown_is_refused(tmp_path, capsys):
+    for clock in range(64, 2049, 64):
+        for row, sigma_rel in enumerate((0.05, 0.051, 0.052)):  # so close that only large differences tell them apart
+            write_snapshot(tmp_path, clock, sigma_rel, {"w": torch.full((3,), 1.0 + row / 7)}, "fp16")
+    out = tmp_path / "out.safetensors"
+    error = refusal(capsys, tmp_path, "--sigma-rel", 0.03, "--out", out)
+    assert "rounding of fp16 snapshots" in error and not out.exists()
+    assert posthoc.main([str(tmp_path), "--sigma-rel", "0.051", "--out", str(out)]) == 0

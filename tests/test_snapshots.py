@@ -1,6 +1,7 @@
 """Snapshots: what the ranks hold is what the file holds, whole or absent, whatever the disk and the peers do."""
 
 import errno
+import json
 import os
 import socket
 import stat
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from models import denoiser, magnitude
+from tests.small_disk import disk, full  # noqa: F401 - disk is a fixture
 from trainer import snapshot_writer, snapshots, tensor_file
 from trainer.snapshots import SnapshotWriter
 
@@ -269,3 +271,46 @@ def test_a_network_comes_back_ready_for_use(tmp_path):
     other.close()
     with pytest.raises(ValueError, match="wants"):
         snapshots.load_denoiser(snapshots.list_snapshots(tmp_path / "other")[0].path)
+
+
+def test_one_flipped_bit_anywhere_in_the_header_is_told_in_one_line(tmp_path):
+    writer = alone(tmp_path, life_start=0)
+    writer.submit(64, 0.05, pieces(state_of(1)), {})
+    writer.close()
+    [before] = snapshots.list_snapshots(tmp_path)
+    whole = before.path.read_bytes()
+    told = 0
+    for i in range(8 + int.from_bytes(whole[:8], "little")):
+        content = bytearray(whole)
+        content[i] ^= 1 << i % 8
+        before.path.write_bytes(content)
+        try:
+            [read] = snapshots.list_snapshots(tmp_path)  # white space, or the name of the digest itself
+            assert read.header.items() >= before.header.items() and read[:3] == before[:3]
+        except ValueError as error:
+            told += str(before.path) in str(error) and "\n" not in str(error)
+            continue
+    assert told > 0.95 * i
+
+
+def test_a_snapshot_of_an_earlier_version_has_no_digest_and_opens(tmp_path):
+    header = HEADER | {"clock": 64, "sigma_rel": 0.05, "format_version": 1}
+    checksum = {"checksums": {"w": tensor_file.xxhash.xxh3_64_hexdigest(bytes(12))}}
+    path = tmp_path / "snapshots" / snapshots.file_name(64, 0.05)
+    path.parent.mkdir()
+    save_file({"w": torch.zeros(3)}, path, {"evenkeel": json.dumps(header | checksum)})
+    assert [(s.clock, s.header["life"]) for s in snapshots.list_snapshots(tmp_path)] == [(64, 1)]
+    snapshots.verify(path)
+    for broken in ({}, header, checksum, header | checksum | {"clock": None, "format_version": "1"}):
+        save_file({"w": torch.zeros(3)}, path, {"evenkeel": json.dumps(broken)})
+        assert snapshots.main([str(tmp_path)]) == 2
+
+
+def test_a_header_that_finds_no_space_leaves_no_trace(disk):  # noqa: F811
+    layout = {
+        f"a name of a layer as long as those of large networks are {i}": (torch.float32, (1,)) for i in range(2000)
+    }
+    with full(disk):
+        with pytest.raises(OSError, match="No space left"):
+            tensor_file.TensorFile(disk / "x.safetensors", {}, layout)
+        assert [p.name for p in disk.iterdir()] == ["ballast"]

@@ -6,8 +6,8 @@ must not break: a kept measurement names the very snapshots that it was made fro
 """
 
 import argparse
-import fcntl
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ def advise(run: Path, options: argparse.Namespace) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            durable.lock(lock)
+        except BlockingIOError:
             raise ValueError(f"{run}: another process works out advice for this run; wait for it") from None
         data = heldout.open_of_run(run, options.data, usable[-1].header["data"], options.data_images or DATA_IMAGES)
         told = [
@@ -54,7 +54,8 @@ def _carried(usable: Sequence, options: argparse.Namespace) -> list[float]:
     """Return the lengths to try: those asked for, or of the candidates all that the snapshots carry."""
     if options.sigma_rel:
         return sorted(parse_range(options.sigma_rel))
-    errors = posthoc.plan(usable, CANDIDATES).errors
+    made = posthoc.plan(usable, CANDIDATES)
+    errors = np.maximum(made.errors, made.rounding)
     lengths = [s for s, error in zip(CANDIDATES, errors) if error <= options.max_error]
     if not lengths:
         raise ValueError(
@@ -80,7 +81,9 @@ def measure(folder: Path, usable: Sequence, clock: int, lengths: list[float], da
     names = [[s.path.name, s.header.get("life"), s.header["checksums"]] for s in made.inputs]
     identity = hashlib.sha256(json.dumps([names, data.digest, data.num, data.seed]).encode()).hexdigest()[:16]
     files = [folder / f"{clock:010d}-{s:.5f}-{identity}.npy" for s in lengths]
-    wanted = [i for i, f in enumerate(files) if not f.is_file() and made.errors[i] <= options.max_error]
+    kept = [_kept(file) for file in files]
+    good = np.maximum(made.errors, made.rounding) <= options.max_error
+    wanted = [i for i in range(len(files)) if kept[i] is None and good[i]]
     if wanted:
         making = folder / ".making"
         shutil.rmtree(making, ignore_errors=True)  # of a process that was killed: the lock is ours
@@ -92,15 +95,28 @@ def measure(folder: Path, usable: Sequence, clock: int, lengths: list[float], da
                 network, _ = load_denoiser(path, options.activations, options.device)
                 found = heldout.bin_losses(network, data, options.batch, options.device)
                 path.unlink()
-                with open(making / "losses", "wb") as file:
-                    np.save(file, found)
-                (making / "losses").replace(files[i])
+                durable.write_atomically(files[i], _as_npy(found))
+                kept[i] = found
         finally:
             shutil.rmtree(making, ignore_errors=True)
-    for i, file in enumerate(files):
-        if file.is_file():
-            losses[i] = np.load(file)
+    for i, found in enumerate(kept):
+        if found is not None:
+            losses[i] = found
     return losses
+
+
+def _kept(file: Path) -> np.ndarray | None:
+    """Return a measurement that was kept; None without one, or where a crash of the machine left half of it."""
+    try:
+        return np.load(file)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+
+
+def _as_npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def judge(clock: int, lengths: Sequence[float], losses: np.ndarray, num: int) -> dict:

@@ -6,7 +6,6 @@ at whole, so that a follower that was killed goes on where it was; readers pass 
 """
 
 import argparse
-import fcntl
 import json
 import os
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.durable import write_atomically
+from data_pipeline import durable
 from trainer import generate, heldout, state
 from trainer.drawing import Drawing, positions_of
 from trainer.drawing_options import open_drawing, settings_of
@@ -47,8 +46,8 @@ def follow(run: Path, options: argparse.Namespace) -> int:
     count, opened = 0, {}
     with open(run / FILE, "a+b") as log:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            durable.lock(log)
+        except BlockingIOError:
             raise ValueError(f"{run}: another process follows this run; let it, or stop it first") from None
         if log.tell() and not _ends_a_line(log):
             log.write(b"\n")
@@ -106,7 +105,9 @@ def _draw(run: Path, snapshot: Snapshot, drawing: Drawing, batch: int) -> Path:
     images = torch.cat([drawing.decode(x) for _, x in drawing.batches(positions, batch)])
     path = run / "samples" / f"grid-{snapshot.clock:010d}-{snapshot.sigma_rel:.3f}.png"
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, generate.png_bytes(generate.grid_image(images, COLUMNS), {"snapshot": snapshot.path.name}))
+    durable.write_atomically(
+        path, generate.png_bytes(generate.grid_image(images, COLUMNS), {"snapshot": snapshot.path.name})
+    )
     return path
 
 

@@ -73,7 +73,6 @@ def plan(snapshots: Sequence[Snapshot], sigma_rel: Sequence[float], at: int | No
     gamma_out = [ema_profiles.gamma_from_sigma_rel(s) for s in sigma_rel]
     coefficients = ema_profiles.solve_weights(clocks, gamma_in, target, gamma_out)
     errors = ema_profiles.predicted_error(clocks, gamma_in, target, gamma_out, coefficients)
-    coarsest = max((s.header["dtype"] for s in inputs), key=ema_profiles.ROUNDING.__getitem__)
     notes = (
         [f"left out {len(lost)} snapshots of an abandoned life: {', '.join(s.path.name for s in lost)}"] if lost else []
     )
@@ -83,9 +82,14 @@ def plan(snapshots: Sequence[Snapshot], sigma_rel: Sequence[float], at: int | No
         list(sigma_rel),
         coefficients,
         errors,
-        ema_profiles.rounding_error(coefficients, coarsest),
+        ema_profiles.rounding_error(coefficients, coarsest(inputs)),
         notes + holes(inputs),
     )
+
+
+def coarsest(snapshots: Sequence[Snapshot]) -> str:
+    """Return the dtype that rounds most."""
+    return max((s.header["dtype"] for s in snapshots), key=ema_profiles.ROUNDING.__getitem__)
 
 
 def _check_one_run(snapshots: Sequence[Snapshot]) -> None:
@@ -127,12 +131,19 @@ def holes(snapshots: Sequence[Snapshot]) -> list[str]:
 
 
 def check_errors(plan: Plan, max_error: float = MAX_ERROR) -> None:
-    """Raise ValueError naming the lengths that the snapshots cannot carry."""
+    """Raise ValueError naming the lengths that the snapshots cannot carry, or whose rounding would drown them."""
     bad = [f"{s:g} ({100 * e:.3g} %)" for s, e in zip(plan.sigma_rel, plan.errors) if not e <= max_error]
     if bad:
         raise ValueError(
             f"predicted error above {100 * max_error:g} % for sigma_rel {', '.join(bad)} at {plan.target} images; ask for "
             f"lengths nearer to the tracked ones, a clock that has a snapshot, or raise --max-error"
+        )
+    # large coefficients of alternating sign: of tracked lengths that are close, for instance
+    noisy = [f"{s:g} ({100 * r:.3g} %)" for s, r in zip(plan.sigma_rel, plan.rounding) if not r <= max_error]
+    if noisy:
+        raise ValueError(
+            f"the rounding of {coarsest(plan.inputs)} snapshots would leave more than {100 * max_error:g} % in the weights of "
+            f"sigma_rel {', '.join(noisy)}; ask for lengths nearer to the tracked ones, or raise --max-error"
         )
 
 

@@ -35,6 +35,8 @@ def list_snapshots(run_dir) -> list[Snapshot]:
     found = []
     for path in sorted((Path(run_dir) / "snapshots").glob("ema-*.safetensors")):
         header = read_header(path)
+        if lacking := [key for key in ("clock", "sigma_rel", "dtype") if key not in header]:
+            raise ValueError(f"{path}: its header lacks {lacking[0]}; it is damaged or no snapshot, move it away")
         found.append(Snapshot(path, header["clock"], header["sigma_rel"], header))
     return sorted(found, key=lambda s: (s.clock, s.sigma_rel))
 

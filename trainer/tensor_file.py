@@ -51,20 +51,28 @@ class TensorFile:
         # wide elements first, so that every tensor is aligned whatever its neighbours' types
         self.layout = dict(sorted(layout.items(), key=lambda item: -item[1][0].itemsize))
         self._beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.writing")
-        self._header = header | {"format_version": FORMAT_VERSION}
+        own = ("checksums", "digest")  # of the file that a header may have been taken from
+        self._header = {k: v for k, v in header.items() if k not in own} | {"format_version": FORMAT_VERSION}
         self._hashes = {name: xxhash.xxh3_64() for name in self.layout}
         self._left = {name: torch.Size(shape).numel() for name, (_, shape) in self.layout.items()}
         self._file = open(self._beside, "wb")
-        self._file.write(self._encoded_header(reserve=True))
+        try:
+            self._file.write(self._encoded_header(reserve=True))
+        except BaseException:  # longer than the buffer, and no space: no context has begun yet that would clean up
+            self._discard()
+            raise
 
     def _encoded_header(self, reserve: bool = False) -> bytes:
         checksums = {name: "0" * 16 if reserve else h.hexdigest() for name, h in self._hashes.items()}
-        entries: dict = {"__metadata__": {KEY: json.dumps(self._header | {"checksums": checksums})}}
+        entries: dict = {}
         offset = 0
         for name, (dtype, shape) in self.layout.items():
             end = offset + torch.Size(shape).numel() * dtype.itemsize
             entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
+        header = self._header | {"checksums": checksums}
+        header["digest"] = "0" * 16 if reserve else _digest(header, entries)
+        entries = {"__metadata__": {KEY: json.dumps(header)}} | entries
         encoded = json.dumps(entries, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)  # data starts aligned
         return struct.pack("<Q", len(encoded)) + encoded
@@ -102,9 +110,18 @@ class TensorFile:
                 os.replace(self._beside, self.path)
                 sync_folder(self.path.parent)
         finally:
-            with contextlib.suppress(OSError):  # a full disk raised above already; closing would raise it once more
-                self._file.close()
-            self._beside.unlink(missing_ok=True)
+            self._discard()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk raised above already; closing would raise it once more
+            self._file.close()
+        self._beside.unlink(missing_ok=True)
+
+
+def _digest(header: dict, entries: dict) -> str:
+    """Return the checksum of all that is not tensors: one flipped bit in a clock or a length would pass unseen."""
+    plain = json.loads(json.dumps([header, entries]))  # as it is read back: lists for tuples, text for keys
+    return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
 
 
 def write(path: str | os.PathLike, header: dict, tensors: Mapping[str, Tensor]) -> None:
@@ -131,6 +148,8 @@ def read_layout(path: str | os.PathLike) -> tuple[dict, dict[str, Span]]:
         for name, entry in entries.items():
             first, last = entry["data_offsets"]
             spans[name] = Span(_FROM_CODE[entry["dtype"]], tuple(entry["shape"]), start + first, last - first)
+            if last - first != torch.Size(entry["shape"]).numel() * spans[name].dtype.itemsize:
+                raise ValueError(f"{name} has another shape than bytes")
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no readable safetensors file ({error}); it is damaged or of another kind") from None
     if size != max((s.offset + s.num_bytes for s in spans.values()), default=start):
@@ -139,11 +158,18 @@ def read_layout(path: str | os.PathLike) -> tuple[dict, dict[str, Span]]:
         raise ValueError(
             f"{path}: safetensors without an evenkeel header; only files written by evenkeel say which network they hold"
         )
-    header = json.loads(metadata[KEY])
-    if header["format_version"] > FORMAT_VERSION:
+    try:
+        header = json.loads(metadata[KEY])
+        told, newer = header.pop("digest", ""), header["format_version"] > FORMAT_VERSION
+        dict(header["checksums"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its header is damaged ({error}); copy the file again") from None
+    if newer:
         raise ValueError(
             f"{path}: format version {header['format_version']} is newer than this program's {FORMAT_VERSION}; update evenkeel"
         )
+    if told and told != _digest(header, entries):  # files of earlier versions have none
+        raise ValueError(f"{path}: its header differs from its checksum; the file is damaged, copy it again")
     return header, spans
 
 
