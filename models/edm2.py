@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.magnitude import SILU_RMS, MPConv, mp_cat, mp_sum, normalize
+from models.magnitude import SILU_RMS, MPConv, clip, mp_cat, mp_sum, normalize
 from models.network import Network, magnitude
 
 
@@ -89,6 +89,7 @@ class Block(nn.Module):
         self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, (3, 3), gain=1 / SILU_RMS)
         self.emb_linear = MPConv(emb_channels, out_channels)
         self.conv_res1 = MPConv(out_channels, out_channels, (3, 3), gain=1 / SILU_RMS)
+        self.clips = True  # else what comes next does it
         self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
         self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if self.num_heads else None
         self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.num_heads else None
@@ -136,7 +137,7 @@ class Block(nn.Module):
         if self.clip_act:  # 0: off
             if collect:
                 seen["clipped"] = (x.detach().abs() > self.clip_act).float().mean()
-            x = x.clamp(-self.clip_act, self.clip_act)
+            x = clip(x, self.clip_act) if self.clips else x
         return x, seen
 
     def _attend(self, qkv: Tensor, seen: dict | None) -> Tensor:
@@ -170,13 +171,14 @@ class UNet(Network):
         label_balance: float = 0.5,
         concat_balance: float = 0.5,
         activation_checkpointing: bool = False,
+        clip_act: float = 256.0,
         **block,
     ):
         super().__init__()
         widths = [model_channels * mult for mult in channel_mult]
         noise_channels = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
         emb_channels = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
-        self.num_levels, self.concat_balance = len(widths), concat_balance
+        self.num_levels, self.concat_balance, self.clip_act = len(widths), concat_balance, clip_act
         self.activation_checkpointing = activation_checkpointing
         self.out_gain = nn.Parameter(torch.zeros(1))
         self.make_embedding(noise_channels, emb_channels, label_dim, label_balance)
@@ -186,7 +188,7 @@ class UNet(Network):
             nonlocal num_built
             num_built += 1
             flags = {"encoder": encoder, "attention": attention, "resample": resample, "layer": num_built - 1}
-            return Block(in_channels, out_channels, emb_channels, **flags, **block)
+            return Block(in_channels, out_channels, emb_channels, clip_act=clip_act, **flags, **block)
 
         self.enc, skips = nn.ModuleDict(), []
         width = channels + 1  # one channel of ones stands in for every bias
@@ -219,6 +221,8 @@ class UNet(Network):
                 self.dec[f"{res}x{res}_block{index}"] = build(width + skips.pop(), out, res, False, attention)
                 self.takes_skip += [True]
                 width = out
+        for entry, next_takes_skip in zip(self.dec.values(), self.takes_skip[1:]):
+            entry.clips = not next_takes_skip  # the concatenation does it in passing
         self.num_blocks = num_built
         self.out_conv = MPConv(width, channels, (3, 3))
 
@@ -230,6 +234,6 @@ class UNet(Network):
             skips.append(x)
         for (name, block), takes_skip in zip(self.dec.items(), self.takes_skip, strict=True):
             if takes_skip:
-                x = mp_cat(x, skips.pop(), self.concat_balance)
+                x = mp_cat(x, skips.pop(), self.concat_balance, self.clip_act)
             x = run(f"dec.{name}", block, x)
         return x

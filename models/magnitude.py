@@ -67,15 +67,68 @@ def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Clipping (the paper's clip_act): clamp(x, -c, c)
+
+
+class _Clip(torch.autograd.Function):
+    """Clamp, with the gradient's mask made of the output, which later layers keep anyway; torch's keeps the input, or a mask."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bound: float) -> Tensor:
+        y = x.clamp(-bound, bound)
+        ctx.save_for_backward(y)
+        ctx.bound = bound
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (y,) = ctx.saved_tensors
+        return torch.where(y.abs() < ctx.bound, grad, 0), None
+
+
+def clip(x: Tensor, bound: float) -> Tensor:
+    """Clamp `x` to +-`bound`; what lies on the bound gets no gradient."""
+    return _Clip.apply(x, bound)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Magnitude-preserving concatenation (Eq. 103): C [(1 - t)/sqrt(Na) a, t/sqrt(Nb) b], C = sqrt((Na + Nb)/((1 - t)^2 + t^2))
 
 
-def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Concatenate `a` and the skip `b` on the channels so that each contributes by its share whatever its width."""
+def mp_cat(a: Tensor, b: Tensor, t: float, bound: float = 0.0) -> Tensor:
+    """Concatenate `a` and the skip `b` on the channels so that each contributes by its share whatever its width.
+
+    With a `bound`, `a` is clipped to +- it on the way: what then lies on it, or within rounding below, gets no gradient.
+    """
     num_a, num_b = a.shape[1], b.shape[1]
     weight_a, weight_b = mp_sum_weights(t)
     scale = math.sqrt(num_a + num_b)
-    return torch.cat([a * (scale * weight_a / math.sqrt(num_a)), b * (scale * weight_b / math.sqrt(num_b))], dim=1)
+    weight_a, weight_b = scale * weight_a / math.sqrt(num_a), scale * weight_b / math.sqrt(num_b)
+    if bound:
+        return _ClippedCat.apply(a, b, weight_a, weight_b, bound)
+    return torch.cat([a * weight_a, b * weight_b], dim=1)
+
+
+class _ClippedCat(torch.autograd.Function):
+    """Clip and concatenate, with the gradient's mask made of the output, which the convolutions that follow keep anyway.
+
+    A mask of its own would cost a compiled forward another pass over all that `a` was made of (docs/benchmarks.md).
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, weight_a: float, weight_b: float, bound: float) -> Tensor:
+        joined = torch.cat([a.clamp(-bound, bound) * weight_a, b * weight_b], dim=1)
+        ctx.save_for_backward(joined)
+        ctx.num_a, ctx.factors = a.shape[1], (weight_a, weight_b, bound)
+        return joined
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (joined,), (weight_a, weight_b, bound) = ctx.saved_tensors, ctx.factors
+        # bound, weight and product are rounded: what was clipped lies no further below than three halves of a unit
+        inside = joined[:, : ctx.num_a].abs() < bound * weight_a * (1 - 1.5 * torch.finfo(joined.dtype).eps)
+        grad_a = torch.where(inside, grad[:, : ctx.num_a] * weight_a, 0)
+        return grad_a, grad[:, ctx.num_a :] * weight_b, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,31 @@ def test_sum_and_cat_keep_magnitude(t):
         assert abs(shares.item() / ((1 - t) / t) ** 2 - 1) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_clipping_in_passing_is_clamping_before(dtype):
+    """Values, and gradients made of the output alone; also where the bound times the weight is no number of 16 bits."""
+    for t, bound in ((0.5, 2.0), (0.3, 1.7), (0.9, 0.37), (0.2, 256.0)):
+        bound = float(torch.tensor(bound, dtype=dtype))
+        plain = [(0.8 * bound * torch.randn(6, c, 5, 5)).to(dtype) for c in (7, 4)]
+        near = (plain[0].abs() - bound).abs() < 3 * torch.finfo(
+            dtype
+        ).eps * bound  # no gradient from just below the bound on
+        plain[0][near] = 0.5 * bound
+        ours, theirs = ([x.clone().requires_grad_() for x in plain] for _ in range(2))
+        found, expected = mp_cat(*ours, t, bound), mp_cat(theirs[0].clamp(-bound, bound), theirs[1], t)
+        way = torch.randn_like(expected)
+        found.backward(way)
+        expected.backward(way)
+        assert torch.equal(found, expected)
+        assert all(torch.equal(x.grad, y.grad) for x, y in zip(ours, theirs, strict=True))
+        assert 0.1 < float((ours[0].grad == 0).float().mean()) < 0.4, "some is clipped, not all"
+        alone = [plain[0].clone().requires_grad_() for _ in range(2)]
+        y, expected = magnitude.clip(alone[0], bound), alone[1].clamp(-bound, bound)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert torch.equal(y, expected) and torch.equal(alone[0].grad, alone[1].grad)
+
+
 def test_fourier_features_have_unit_magnitude():
     features = MPFourier(4096)
     assert features(torch.randn(16)).shape == (16, 4096)
