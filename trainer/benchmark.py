@@ -57,12 +57,12 @@ def _chosen(options: argparse.Namespace):
     of_presets = [f"--{name}" for name in OF_PRESETS if getattr(options, name)]
     if of_presets and (options.table == "sampling" or not options.preset):
         raise ValueError(f"{of_presets[0]}: goes with --preset, and with no other table")
+    if options.overrides and not options.preset:
+        raise ValueError(f"{options.overrides[0]}: overrides go with --preset")
     if options.table == "sampling":
         return sampling_benchmark.run
     if options.preset:
         return preset_benchmark.run
-    if options.overrides:
-        raise ValueError(f"{options.overrides[0]}: overrides go with --preset")
     return optimizer_benchmark.run if options.table == "optimizer" else step_benchmark.run
 
 

@@ -44,11 +44,12 @@ def in_own_process(options: argparse.Namespace, preset: str, loop: str, micro_ba
     if done.returncode == 2:
         told = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr.strip()]
         raise ValueError(told[-1].removeprefix("error: "))
+    printed = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode == -signal.SIGKILL:
-        done.returncode, done.stdout = 0, MARK + "null"  # what the kernel does where a machine's memory runs out
-    if done.returncode:
+        printed = [MARK + "null"]  # what the kernel does where a machine's memory runs out
+    if not printed:  # one that ran out of memory may leave badly after it has said so
         raise RuntimeError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
-    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith(MARK)).removeprefix(MARK))
+    result = json.loads(printed[0].removeprefix(MARK))
     rate = f"{result['images_per_second']:.4g} images/s" if result else "out of memory"
     print(f"{preset}, {loop}, micro-batch {micro_batch}: {rate}", file=sys.stderr, flush=True)
     return {"preset": preset} | result if result else None
@@ -170,7 +171,7 @@ def _here(options: argparse.Namespace) -> int:
         if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")):
             raise
         result = None
-    print(MARK + json.dumps(result))
+    print(MARK + json.dumps(result), flush=True)
     return 0
 
 

@@ -123,7 +123,8 @@ def measure(loop: Loop, rates: roofline.Rates, steps: int, profile: Path | None)
 def _time(loop: Loop, steps: int, profile: Path | None) -> dict:
     where = loop.where
     if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)  # the rates of the device were measured before, on gigabytes
+        torch.cuda.empty_cache()  # the rates of the device were measured before, on gigabytes
+        torch.cuda.reset_peak_memory_stats(where)
     started = time.perf_counter()
     loop.step()
     roofline.synchronize(where)
