@@ -175,6 +175,33 @@ def test_sharded_equals_whole(world, whole):
             assert 0.97 * size <= max(rank[i]["held"][kind] for rank in ranks) <= 1.02 * size, (case, kind)
 
 
+def waits_for_the_device(stages: list[int]) -> list[int]:
+    """On one rank: how often DeepSpeed waits for its whole device in two steps of two micro-batches, after three others."""
+    from deepspeed.accelerator import get_accelerator
+
+    from trainer.engine import Engine, start_process_group
+
+    start_process_group()
+    counts, calls, accelerator = [], [], get_accelerator()
+    accelerator.synchronize = lambda *_: calls.append(1)
+    for stage in stages:
+        engine = Engine(config_of(engine__zero_stage=stage, micro_batch=6), build(config_of()))
+        for step in range(5):
+            if step == 3:  # DeepSpeed's own clock begins at the third
+                calls.clear()
+            for start in (0, 6):
+                engine.backward(losses_of(engine.denoiser, step, slice(start, start + 6)))
+            engine.step(rate(step), (step + 1) * BATCH)
+        counts.append(len(calls))
+        engine._deepspeed.destroy()
+    return counts
+
+
+@pytest.mark.parametrize("stages", [[1], pytest.param([0, 2, 3], marks=pytest.mark.slow)])
+def test_no_step_waits_for_the_device(stages):
+    assert on_ranks(1, waits_for_the_device, stages) == [[0] * len(stages)]
+
+
 def overlapped_training(cases: list[tuple[int, int]]) -> list:
     """As on GPUs, where each rank reduces while its backward goes on: the order of things, without their streams."""
     from trainer import zero
