@@ -248,3 +248,20 @@ def test_a_run_started_by_hand_with_another_config_says_so_and_keeps_its_own(tmp
     assert capsys.readouterr().err == ""
     _record(load(config.CONFIGS / "quickstart.yaml", ["lr.ref_lr=0.5"]), path)
     assert f"lr.ref_lr {first.lr.ref_lr} -> 0.5" in capsys.readouterr().err and load(path) == first
+
+
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "2"}, {"RANK": "first"}, {"OMP_NUM_THREADS": "0"}, {"WORLD_SIZE": "-1"}]
+)
+def test_an_environment_that_no_launcher_makes_is_a_line(variables, tmp_path, monkeypatch, capsys):
+    from trainer import train
+
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["configs/quickstart.yaml", f"run={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: {'MASTER_PORT' if 'WORLD_SIZE' in variables and '2' in variables.values() else min(variables)}"
+    )
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import time
 import urllib.request
 
@@ -130,3 +131,18 @@ def test_the_heart_goes_on_beating_after_a_full_disk(disk, capsys):  # noqa: F81
     time.sleep(0.3)
     assert announced.path.is_file()
     announced.withdraw()
+
+
+def test_a_port_that_is_taken_costs_no_training_and_a_wrong_one_is_a_line(tmp_path, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        metrics = Metrics(tmp_path, 0, attempt=1, address="127.0.0.1", port=port)
+        assert f"{port} is taken" in capsys.readouterr().err and scrape(metrics) == {}
+        announced = json.loads((tmp_path / "targets/rank00000.json").read_text())[0]["targets"]
+        assert announced == [metrics.endpoint] and metrics.endpoint != f"127.0.0.1:{port}"
+        metrics.close()
+    for address, port in (("127.0.0.1", 70_000), ("192.0.2.1", 0), ("no.such.host.invalid", 0)):
+        with pytest.raises(ValueError, match=f"metrics.address={address}, port {port}: .*"):
+            Metrics(tmp_path, 0, attempt=1, address=address, port=port)

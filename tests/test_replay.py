@@ -202,3 +202,17 @@ def test_errors_are_one_line(at, said, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
     assert list(folder.glob("*")) == list(folder.glob("config.yaml"))
+
+
+def test_steps_are_not_done_again_from_what_the_run_went_back_behind(tmp_path):
+    original, scratch = tmp_path / "run", tmp_path / "scratch" / "run"
+    scratch.parent.mkdir()
+    for clock, life, start in ((20, 1, 0), (30, 1, 0), (40, 2, 20)):
+        folder = original / f"checkpoints/{clock:010d}"
+        folder.mkdir(parents=True)
+        manifest = {"clock": clock, "life": life, "header": {"life_start": start}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    replay.prepare(original, scratch, 35)
+    assert [int(p.name) for p in checkpoint.list_checkpoints(scratch)] == [20], (
+        "30 was abandoned by the life that made 40"
+    )

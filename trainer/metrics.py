@@ -6,6 +6,7 @@ break: nothing is exported that is not in the table.
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -38,7 +39,7 @@ class Metrics:
         self._line: dict = {}
         self._counted: dict[str, float] = {}  # totals that a checkpoint carries on
         self._carried: dict[str, float] = {}
-        self._server, self._thread = start_http_server(port + rank if port else 0, addr=address, registry=self.registry)
+        self._server, self._thread = _serve(address, port + rank if port else 0, self.registry)
         self.endpoint = f"{address}:{self._server.server_port}"
         labels = {"run": run.name, "rank": str(rank), "attempt": str(attempt)}
         self.target = Target(run, rank, self.endpoint, labels)
@@ -124,6 +125,20 @@ class Metrics:
             self._log.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def _serve(address: str, port: int, registry: CollectorRegistry):
+    """Serve on a port, or on any free one where that is taken: targets/ tells which, and a training needs none of it."""
+    try:
+        return start_http_server(port, addr=address, registry=registry)
+    except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) != errno.EADDRINUSE:
+            raise ValueError(
+                f"metrics.address={address}, port {port}: {error}; use metrics.address=127.0.0.1 (0.0.0.0: reachable from "
+                f"elsewhere) and metrics.port=0 (any free one), or a port from 1024 to 65535 less the number of ranks"
+            ) from None
+        tell(f"warning: metrics.port: {port} is taken; serving on a free one, see targets/")
+        return start_http_server(0, addr=address, registry=registry)
 
 
 def _open_log(path: Path) -> io.FileIO:

@@ -242,8 +242,10 @@ def prepare(original: Path, scratch: Path, at: int) -> None:
     if scratch.parent.stat().st_uid != os.getuid():
         raise ValueError(f"{scratch.parent}: belongs to somebody else; set TMPDIR to another folder")
     (scratch / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for path in checkpoint.list_checkpoints(original):
-        if int(path.name) < at:
+    found = checkpoint.list_checkpoints(original)
+    lost = checkpoint.abandoned(found)  # what the run went back behind leads elsewhere
+    for path in found:
+        if int(path.name) < at and path not in lost:
             try:
                 (scratch / "checkpoints" / path.name).symlink_to(path)
             except FileExistsError:  # another rank of this machine was first

@@ -65,8 +65,9 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
     parser.add_argument("config", help="a YAML file of configs/, or a run directory's config.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value")
     args = parser.parse_args(argv)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
+        _check_environment()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         config = load(args.config, args.overrides)
         path = Path(args.config).resolve()
         folder = path.parent if path.name == "config.yaml" else Path(config.run)
@@ -92,6 +93,19 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
         if gone := run.peers.gone():  # what a collective's own error means
             return _failed(folder, gone, gone.status)
         return _failed(folder, error, 1, trace=True)
+
+
+def _check_environment() -> None:
+    for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("OMP_NUM_THREADS", 1), ("MASTER_PORT", 0)):
+        value = os.environ.get(name)
+        if value is not None and not (value.isdecimal() and int(value) >= least):
+            raise ValueError(
+                f"{name}={value!r} in the environment: must be a whole number from {least} on; unset it, or use torchrun"
+            )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_PORT" not in os.environ:
+        raise ValueError(
+            "MASTER_PORT is not set although there are several ranks (WORLD_SIZE); use torchrun, or set it"
+        )
 
 
 def _is_told(error: Exception) -> bool:
