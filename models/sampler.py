@@ -181,7 +181,8 @@ def _steps(sigmas: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _at(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:
-    return denoise(x, sigma.to(x.device).expand(len(x))).to(x.dtype)
+    # filled on the device: a copy of the level would wait for all that is under way there
+    return denoise(x, x.new_full((len(x),), sigma.item())).to(x.dtype)
 
 
 SOLVERS = {"heun": heun, "euler": euler, "dpm-solver-2m": dpm_solver_2m}

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -13,6 +14,13 @@ from trainer.drawing import Drawing, Settings
 from trainer.snapshots import abandoned, list_snapshots, load_denoiser, read_header
 
 DEFAULT_SIGMA_REL = 0.10  # the wider of the two lengths that EDM2 tracks: nearest to the optimum of unguided sampling
+
+
+def own_device() -> str:
+    """Return this rank's GPU (torchrun says which rank it is here), or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +51,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas")
     parser.add_argument("--batch", type=int, default=64, help="images at once; does not change them")
     parser.add_argument("--codec-weights", type=Path, help="of the codec that the snapshot names, where it has some")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=own_device())
     parser.add_argument("--activations", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument(
         "--compile", action="store_true", help="the network: takes a minute or more, pays for hundreds of images"
