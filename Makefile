@@ -46,6 +46,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark
 	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark --preset xxs --micro-batch 1 --steps 2
+	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark --table sampling --batch 8 --steps 1
 	OMP_NUM_THREADS=1 $(PY) -m trainer.pauses
 	OMP_NUM_THREADS=1 $(PY) -m trainer.benchmark --table optimizer
 	OMP_NUM_THREADS=1 $(PY) -m data_pipeline.benchmark
