@@ -52,6 +52,16 @@ class Resample(nn.Module):
         return F.conv_transpose2d(x, 4 * kernel, **options)
 
 
+def modulate(y: Tensor, scale: Tensor) -> Tensor:
+    """Return `y` [N, C, H, W] times `scale` [N or 1, C], in the type of `y`.
+
+    The scale is spread along columns first, so that its gradient is summed along rows before it is summed over them: a compiler
+    does the former in the pass that makes the gradient of `y`, where a sum over whole images is a pass of its own. Sums over rows
+    are in fp32.
+    """
+    return y * scale[:, :, None, None].expand(-1, -1, y.shape[2], 1).to(y.dtype)
+
+
 class Block(nn.Module):
     """Residual block, then cosine attention where it has heads (Fig. 21; Appendix B.8)."""
 
@@ -111,7 +121,7 @@ class Block(nn.Module):
 
         y = see("conv_res0", self.conv_res0(F.silu(x)))
         scale = see("emb_linear", self.emb_linear(emb, gain=self.emb_gain)) + 1
-        y = F.silu(y * scale[:, :, None, None].to(y.dtype))
+        y = F.silu(modulate(y, scale))
         y = self._drop(y, dropout_mask)
         y = see("conv_res1", self.conv_res1(y))
 

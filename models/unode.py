@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import ode
-from models.edm2 import Block
+from models.edm2 import Block, modulate
 from models.magnitude import EPS, SILU_RMS, MPConv, mp_cat, rms
 from models.network import Network, magnitude
 
@@ -118,11 +118,11 @@ class OdeBlock(Block):
         if self.encoder:
             x = x / (rms(x, 1) + EPS).to(x.dtype)  # pixel norm
 
-        scale = (see("emb_linear", self.emb_linear(emb, gain=self.emb_gain)) + 1)[:, :, None, None]
+        scale = see("emb_linear", self.emb_linear(emb, gain=self.emb_gain)) + 1
 
         def force(z: Tensor) -> Tensor:
             y = see("conv_res0", self.conv_res0(F.silu(z)))
-            y = self._drop(F.silu(y * scale.to(y.dtype)), dropout_mask)
+            y = self._drop(F.silu(modulate(y, scale)), dropout_mask)
             return see("conv_res1", self.conv_res1(y))
 
         return self._finish(see("state", self._solve(force, x, scale)), see, seen, collect)
