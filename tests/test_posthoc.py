@@ -291,3 +291,19 @@ def test_what_rounding_would_drown_is_refused(tmp_path, capsys):
     error = refusal(capsys, tmp_path, "--sigma-rel", 0.03, "--out", out)
     assert "rounding of fp16 snapshots" in error and not out.exists()
     assert posthoc.main([str(tmp_path), "--sigma-rel", "0.051", "--out", str(out)]) == 0
+
+
+def test_a_run_whose_folder_was_renamed_is_one_run_still(tmp_path, capsys):
+    def write(folder, clock, run, life, start):
+        for sigma_rel in (0.05, 0.1):
+            write_snapshot(folder, clock, sigma_rel, {"w": torch.ones(3)}, life=life, run=run, life_start=start)
+
+    out = ("--sigma-rel", 0.08, "--out", tmp_path / "out.safetensors")
+    renamed = [(64, "a", 1, 0), (128, "a", 1, 0), (192, "b", 2, 128), (256, "b", 3, 192), (320, "c", 4, 256)]
+    for one in renamed:
+        write(tmp_path / "renamed", *one)
+    assert run_cli(tmp_path / "renamed", *out, "--max-error", 1) == 0, capsys.readouterr().err
+    for i, stranger in enumerate([(320, "c", 1, 0), (320, "c", 4, 0), (320, "c", 3, 256)]):
+        for one in (*renamed[:-1], stranger):
+            write(tmp_path / f"strangers{i}", *one)
+        assert "two runs share this folder" in refusal(capsys, tmp_path / f"strangers{i}", *out)

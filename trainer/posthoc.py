@@ -6,6 +6,7 @@ What must not break: a length or a clock that the snapshots cannot carry is refu
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -96,14 +97,24 @@ def _check_one_run(snapshots: Sequence[Snapshot]) -> None:
     first = snapshots[0]
     parents = {s.header.get("parent") for s in snapshots}  # a fork keeps its parent's snapshots: one trajectory
     names = {s.header.get("run") for s in snapshots}
+    one = len(names - parents) == 1 or _was_renamed(snapshots)
     for s in snapshots[1:]:
         for key in ("run", "model", "data", "buffers"):
-            if key == "run" and len(names - parents) == 1:
+            if key == "run" and one:
                 continue
             if _stated(s, key) != _stated(first, key):
                 raise ValueError(
                     f"{s.path.name}: its {key} is not that of {first.path.name}; two runs share this folder, separate them"
                 )
+
+
+def _was_renamed(snapshots: Sequence[Snapshot]) -> bool:
+    """Say whether each name but the first took over from the one before: later lives alone, begun from a checkpoint."""
+    lives: dict[str, list[tuple[int, int]]] = {}
+    for s in snapshots:
+        lives.setdefault(s.header.get("run"), []).append((s.header.get("life", 0), s.header.get("life_start", 0)))
+    series = sorted(lives.values(), key=min)
+    return all(max(a)[0] < min(b)[0] and min(start for _, start in b) > 0 for a, b in itertools.pairwise(series))
 
 
 def _stated(s: Snapshot, key: str):
