@@ -146,3 +146,32 @@ def test_a_port_that_is_taken_costs_no_training_and_a_wrong_one_is_a_line(tmp_pa
     for address, port in (("127.0.0.1", 70_000), ("192.0.2.1", 0), ("no.such.host.invalid", 0)):
         with pytest.raises(ValueError, match=f"metrics.address={address}, port {port}: .*"):
             Metrics(tmp_path, 0, attempt=1, address=address, port=port)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of tensorboard's own
+def test_a_tracker_in_trouble_costs_no_training(disk, capsys):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from trainer.trackers import TensorBoard
+
+    metrics = Metrics(disk, 0, attempt=1, address="127.0.0.1", port=0, trackers=[TensorBoard(disk, 0)])
+
+    def publish(clock):
+        for layer in range(300):  # more than fits into the file's last page
+            metrics.set("evenkeel_gain", clock, layer=f"layer {layer}")
+        metrics.set("evenkeel_images_seen", clock)
+        metrics.publish(clock)
+
+    publish(1)
+    with full(disk):
+        publish(2)
+        time.sleep(0.2)
+        publish(3)
+    publish(4)
+    publish(5)
+    metrics.close()
+    assert "TensorBoard is behind: [Errno 28]" in capsys.readouterr().err
+    found = EventAccumulator(str(disk / "tensorboard"))
+    found.Reload()
+    assert [e.step for e in found.Scalars("images_seen")][-1] == 5

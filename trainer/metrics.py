@@ -97,7 +97,7 @@ class Metrics:
         self._unwritten.append(json.dumps(_without_nan(line), allow_nan=False).encode() + b"\n")
         self._write_lines()
         for tracker in self.trackers:
-            tracker.log(clock, _flat(self._line))
+            _try(tracker, tracker.log, clock, _flat(self._line))
 
     def _write_lines(self) -> None:
         """Write the lines that are not written yet, each whole; what the disk refuses waits for the next time."""
@@ -124,7 +124,14 @@ class Metrics:
                 os.fsync(self._log.fileno())
             self._log.close()
         for tracker in self.trackers:
-            tracker.close()
+            _try(tracker, tracker.close)
+
+
+def _try(tracker, what, *args) -> None:
+    try:
+        what(*args)
+    except Exception as error:  # a full disk, or whatever a service elsewhere answers: no reason to stop a training
+        tell(f"warning: {type(tracker).__name__} is behind: {error}")
 
 
 def _serve(address: str, port: int, registry: CollectorRegistry):

@@ -8,6 +8,7 @@ loses its power closes nothing: that is the watchdog's case (trainer/watchdog.py
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -23,6 +24,7 @@ FOREVER = timedelta(days=365)
 GRACE_SECONDS = (
     3.0  # for the training thread to end by itself: it may be about to fail for the same reason as the other rank
 )
+KNOCK_SECONDS = 0.2  # between attempts to reach rank 0
 FAREWELL = -1  # instead of the rank that is gone
 TELLING_SECONDS = 0.5  # how much earlier than this thread a collective may hear that a rank is gone
 
@@ -32,18 +34,36 @@ def meet(seconds: float) -> tuple[dist.Store, int, int]:
 
     Raises TimeoutError where one has not come within `seconds`.
     """
+    until = time.monotonic() + seconds
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        if os.environ["RANK"] != "0":
+            _await_first(until)
+        left = timedelta(seconds=max(1.0, until - time.monotonic()))
+        store, rank, world = next(dist.rendezvous("env://", timeout=left))
         if world > 1:
             store.set(f"evenkeel/here/{rank}", "")
-            store.wait([f"evenkeel/here/{r}" for r in range(world)], timedelta(seconds=seconds))
-    except dist.DistError as error:
+            left = timedelta(seconds=max(1.0, until - time.monotonic()))
+            store.wait([f"evenkeel/here/{r}" for r in range(world)], left)
+    except (dist.DistError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise TimeoutError(
             f"not all {os.environ.get('WORLD_SIZE')} ranks came within {seconds:.0f} s (engine.hang_seconds); "
             f"the log of the one that is missing says why ({reason})"
         ) from None
     return store, rank, world
+
+
+def _await_first(until: float) -> None:
+    """Return when rank 0 can be reached; raise OSError where it can't by `until`: the store's own client then tries once more."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    while True:
+        try:
+            socket.create_connection(address, timeout=max(0.1, until - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(KNOCK_SECONDS)
 
 
 class RankGone(ConnectionError):

@@ -17,16 +17,23 @@ class TensorBoard:
                 "metrics.tensorboard=true: the package is not installed; pip install tensorboard"
             ) from None
         # what an earlier start wrote beyond the clock is repeated
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=clock + 1 if clock else None)
+        self._open = lambda clock: SummaryWriter(str(run / "tensorboard"), purge_step=clock + 1 if clock else None)
+        self.writer = self._open(clock)
 
     def log(self, clock: int, values: dict[str, float]) -> None:
-        """Write one number per series."""
-        for name, value in values.items():
-            self.writer.add_scalar(name.removeprefix("evenkeel_"), value, clock)
-        self.writer.flush()
+        """Write one number per series; raise OSError where the disk takes none, and begin another file the next time."""
+        self.writer = self.writer or self._open(0)
+        try:
+            for name, value in values.items():
+                self.writer.add_scalar(name.removeprefix("evenkeel_"), value, clock)
+            self.writer.flush()
+        except OSError:  # its thread has ended
+            self.writer = None
+            raise
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
 
 class WeightsAndBiases:
