@@ -132,6 +132,17 @@ def test_another_interface_is_one_line(name, content, told, clone):
     assert "must be a clone of github.com/NVlabs/edm2" in line
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate", "CUDNN_STATUS_ALLOC_FAILED"])
+def test_memory_that_runs_out_is_not_the_clones_fault(said, clone):
+    """It is a RuntimeError, from which the command goes on to a smaller micro-batch."""
+    text = NETWORK.replace(
+        "        seen.update(shapes", f"        raise RuntimeError({said!r})\n        seen.update(shapes"
+    )
+    (clone / "training/networks_edm2.py").write_text(text)
+    with pytest.raises(RuntimeError, match=said[:12]):
+        ReferenceLoop(compose("xxs", TINY, 2, False), find(str(clone))).step()
+
+
 def test_a_folder_that_is_none_is_one_line(clone, capsys):
     def tell(folder):
         assert main(["--preset", "xxs", "--device", "cpu", "--micro-batch", "1", "--reference", str(folder)]) == 2

@@ -51,6 +51,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Say whether it was memory that a library lacked: torch has a class for it, cuBLAS and cuDNN say so in words."""
+    words = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
 def gpu_load(device: torch.device) -> dict[str, float]:
     """Return utilisation and power by metric's name; {} without a GPU, or where NVML or its binding (nvidia-ml-py) is missing."""
     if device.type != "cuda":

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from trainer import child, micro_batch_search, reference_loop, roofline, timed_loop
+from trainer import child, hardware, micro_batch_search, reference_loop, roofline, timed_loop
 from trainer.config import ROOT, Config
 from trainer.engine import device
 from trainer.preset_config import compose
@@ -167,8 +167,8 @@ def _here(options: argparse.Namespace) -> int:
         loop, profile = _open(config, options), Path(options.profile, name) if options.profile else None
         result = timed_loop.measure(loop, rates, options.steps, profile)
         loop.close()
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; libraries that find no room say so in words
-        if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")):
+    except RuntimeError as error:
+        if not hardware.ran_out_of_memory(error):
             raise
         result = None
     print(MARK + json.dumps(result), flush=True)

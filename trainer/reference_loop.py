@@ -47,7 +47,7 @@ def _told(folder: Path, what: str):
     try:
         yield
     except Exception as error:
-        if "out of memory" in str(error):
+        if hardware.ran_out_of_memory(error):
             raise
         said = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
