@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline import encode
+from data_pipeline.durable import write_atomically
 from tests.gloo import ROOT, Ranks
 from tests.small_disk import full, mounted
 from trainer.checkpoint import list_checkpoints, seal
@@ -249,3 +250,22 @@ def test_steps_that_were_zeroed_do_not_stop_a_run_that_goes_on_with_another_poli
         finish(run, data, f"duration_images={(STEPS + steps) * BATCH}", *more)
         line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         assert (line["evenkeel_nonfinite_steps_total"], line["evenkeel_images_seen"]) == (7, (STEPS + steps) * BATCH)
+
+
+@pytest.mark.slow
+def test_of_two_starts_of_one_run_one_trains(data, tmp_path):
+    run = tmp_path / "run"
+    first = start(run, data, "duration_images=1Mi", "checkpoints.every_images=64", world=1)
+    wait_for_clock(run, 4 * BATCH, first)
+    second = start(run, data, "duration_images=1Mi", world=1)
+    assert second.wait() == [2] and "is being trained by pid" in second.output(), second.output()
+    # and where nobody can see the first, on another machine for instance, the later one wins
+    elsewhere = json.loads((run / "state.json").read_text())
+    deadline = time.monotonic() + 60
+    while first.processes[0].poll() is None and time.monotonic() < deadline:
+        write_atomically(run / "state.json", json.dumps(elsewhere | {"attempt": 9, "host": "elsewhere"}).encode())
+        time.sleep(0.2)
+    assert first.wait() == [1] and "attempt 9 of this run has begun on elsewhere" in first.output(), first.output()
+    assert "Traceback" not in first.output()
+    saved = len(list_checkpoints(run))
+    assert saved and json.loads((run / "state.json").read_text())["attempt"] == 9

@@ -1,7 +1,9 @@
 """RUN/state.json is whole or absent, says what is wrong with it, and its loss does not confuse the lives of a run."""
 
 import json
+import subprocess
 import threading
+import time
 
 import pytest
 
@@ -65,6 +67,7 @@ def test_lives_count_on_from_snapshots_too_where_the_state_is_lost(tmp_path):
 
     def write(clock: int, life: int, start: int) -> None:
         header = {"kind": "ema", "clock": clock, "sigma_rel": 0.05, "life": life, "life_start": start}
+        header["dtype"] = "fp32"
         tensor_file.write(folder / snapshots.file_name(clock, 0.05), header, {"w": torch.ones(3)})
 
     write(64, 1, 0)
@@ -77,3 +80,35 @@ def test_lives_count_on_from_snapshots_too_where_the_state_is_lost(tmp_path):
     write(96, run.attempt, 64)
     left_out = [s.clock for s in snapshots.abandoned(snapshots.list_snapshots(tmp_path))]
     assert left_out == [128, 192], "what the living one writes is not what is left out"
+
+
+def test_a_start_that_was_given_up_and_lives_writes_no_more(tmp_path):
+    old = state.RunState(tmp_path, 0, 64)
+    old.write(clock=7)
+    new = state.RunState(tmp_path, 0, 64)
+    new.write(status="running", clock=3)
+    with pytest.raises(state.Superseded, match="attempt 2 of this run has begun"):
+        old.write(clock=8)
+    state.fail(tmp_path, state.Superseded("told"))
+    new.write(clock=4)
+    assert (state.read(tmp_path)["clock"], state.read(tmp_path)["status"]) == (4, "running")
+
+
+def test_a_start_waits_for_the_one_before_to_end_and_for_no_stranger(tmp_path, capsys):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        run = state.RunState(tmp_path, 0, 64)
+        run.write(status="running", clock=7, pid=other.pid, born=state._born(other.pid))
+        state.await_predecessor(tmp_path, 0.5)  # gives no sign of life
+        assert f"pid {other.pid} and does nothing" in capsys.readouterr().err
+        writes = threading.Timer(0.5, lambda: run.write(clock=8))
+        writes.start()
+        with pytest.raises(ValueError, match=f"is being trained by pid {other.pid}"):
+            state.await_predecessor(tmp_path, 60)
+        threading.Timer(0.5, other.kill).start()
+        begun = time.monotonic()
+        state.await_predecessor(tmp_path, 60)
+        assert 0.3 < time.monotonic() - begun < 30
+    with subprocess.Popen(["sleep", "60"]) as stranger:  # has the pid that the run's trainer had
+        run.write(pid=stranger.pid)
+        state.await_predecessor(tmp_path, 60)
+        stranger.kill()

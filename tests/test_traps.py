@@ -82,6 +82,6 @@ def dies_while_it_writes(run: str) -> None:
 def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(tmp_path):
     with pytest.raises(AssertionError):
         on_ranks(2, dies_while_it_writes, str(tmp_path))
-    assert (tmp_path / "checkpoints/.0000000024.writing/rank00001.safetensors").read_bytes() == b"half"
+    assert (tmp_path / "checkpoints/.0000000024.1.writing/rank00001.safetensors").read_bytes() == b"half"
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["0000000012"]
     assert checkpoint.latest(tmp_path).name == "0000000012" and checkpoint.verify(checkpoint.latest(tmp_path)) == []

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,9 +35,11 @@ class CheckpointWriter:
         keep_last: int,
         keep_every_images: int = 0,
         header: dict | None = None,
+        check: Callable[[], None] = lambda: None,
     ):
         self.run, self.engine, self.group, self.snapshots = run, engine, group, snapshots
         self.header = header or {}  # of snapshots: which network this is
+        self.check = check  # raises where this start of the run may save no more
         self.shapes = {name: list(p.shape) for name, p in engine.module.named_parameters()}
         self.keep_last, self.keep_every_images = keep_last, keep_every_images
         self.failures = 0  # saves that could not be written
@@ -95,7 +98,7 @@ class CheckpointWriter:
 
     def _write(self, manifest: dict, tensors: dict[str, torch.Tensor], pieces: list) -> None:
         final = self.run / "checkpoints" / f"{manifest['clock']:010d}"
-        beside = final.with_name(f".{final.name}.writing")
+        beside = final.with_name(f".{final.name}.{manifest['life']}.writing")  # two lives must not share one
         # in rounds, and every rank votes in each: nobody may wait for a rank that failed
         self._all_did(manifest["clock"], self._make_folder, beside)
         try:
@@ -122,6 +125,7 @@ class CheckpointWriter:
     def _commit(self, beside: Path, final: Path, manifest: dict, files: list[dict]) -> None:
         if self.engine.rank != 0:
             return
+        self.check()
         manifest["files"] = {name: entry for part in files for name, entry in part.items()}
         write_atomically(beside / "manifest.json", json.dumps(seal(manifest), indent=1).encode())
         # one of that clock is damaged or of an abandoned life, or it was told to have failed; it goes when the new one is there

@@ -32,7 +32,7 @@ from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.peers import FOREVER, Peers
 from trainer.snapshot_writer import SnapshotWriter
-from trainer.state import RunState, tell
+from trainer.state import RunState, await_predecessor, tell
 from trainer.stop import Stop
 from trainer.trackers import open_trackers
 from trainer.watchdog import PATIENCE_FACTOR, Watchdog
@@ -52,6 +52,8 @@ class Run:
         self.rank, self.world = start_process_group(
             hang, patience := max(COLLECTIVE_SECONDS, 2 * PATIENCE_FACTOR * hang)
         )
+        if self.rank == 0:
+            await_predecessor(folder)
         self.state = RunState(folder, self.rank, config.duration_images)
         shared = [self.state.values]
         dist.broadcast_object_list(
@@ -93,7 +95,7 @@ class Run:
         self.snapshots = SnapshotWriter(folder, header, self.rank, self.world, snapshots, patience)
         c = config.checkpoints
         self.checkpoints = CheckpointWriter(
-            folder, self.engine, checkpoints, self.snapshots, c.keep_last, c.keep_every_images, header
+            folder, self.engine, checkpoints, self.snapshots, c.keep_last, c.keep_every_images, header, self.state.check
         )
         self.audit = Audit(config.data.audit, self.state.attempt, self.rank, self.clock)
         m = config.metrics

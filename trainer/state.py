@@ -16,6 +16,7 @@ from pathlib import Path
 from data_pipeline.durable import write_atomically
 
 VERSION = 1
+PREDECESSOR_SECONDS = 120.0  # as long as a save may take that Slurm's warning leaves time for
 _LONGEST_HEADER_BYTES = 100_000_000  # of a safetensors file
 
 
@@ -55,6 +56,7 @@ class RunState:
             "parent": before.get("parent", ""),  # the run this one was forked from
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "born": _born(os.getpid()),
         }
 
     @property
@@ -63,10 +65,56 @@ class RunState:
         return self.values["attempt"]
 
     def write(self, **changes) -> None:
-        """Merge `changes` and replace the file in one step; ranks other than 0 only remember."""
+        """Merge `changes` and replace the file in one step; ranks other than 0 only remember. Raise Superseded as `check` does."""
         self.values.update(changes, time=time.time())
         if self.rank == 0:
+            self.check()
             write_atomically(self.path, json.dumps(self.values, indent=1).encode())
+
+    def check(self) -> None:
+        """Raise Superseded where a later start of the run has begun: of a node that was given up and lives, nothing may be kept."""
+        try:
+            there = read(self.path.parent)
+        except (OSError, ValueError):  # damaged, or no disk at present: no later start has left a word
+            return
+        if there.get("attempt", 0) > self.attempt:
+            raise Superseded(
+                f"attempt {there['attempt']} of this run has begun on {there.get('host')}; attempt {self.attempt} ends"
+            )
+
+
+class Superseded(ValueError):
+    """A later start of the run has begun."""
+
+
+def await_predecessor(run: str | os.PathLike, seconds: float = PREDECESSOR_SECONDS) -> None:
+    """Return when the run's last start, if it lives on this machine, has ended, or has given no sign of life for `seconds`.
+
+    It may be saving still, after whoever watched it was killed. Raise ValueError where it goes on training.
+    """
+    before, until = read(run), time.monotonic() + seconds
+    pid = before.get("pid")
+    if before.get("host") != socket.gethostname() or not before.get("born") or pid == os.getpid():
+        return
+    if _born(pid) == before["born"]:
+        tell(f"waiting for attempt {before.get('attempt')} of {run}, which lives as pid {pid}, to end")
+    while _born(pid) == before["born"]:
+        now = read(run)
+        if now.get("status") == "running" and now.get("clock", 0) > before.get("clock", 0):
+            raise ValueError(f"{run}: is being trained by pid {pid}; stop that first (kill {pid} saves)")
+        if time.monotonic() > until:  # it hangs; `RunState.check` keeps it from saving should it wake up
+            tell(f"warning: attempt {before.get('attempt')} lives as pid {pid} and does nothing; going on without it")
+            return
+        time.sleep(0.2)
+
+
+def _born(pid: int) -> str:
+    """Return what tells a process from a later one of the same pid, "" where there is none: its start since the boot, the boot."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else f"{fields[19]} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    except (OSError, IndexError):
+        return ""
 
 
 def _saved_life(run: Path) -> int:
@@ -95,6 +143,8 @@ def _written_life(run: Path) -> int:
 def fail(run: str | os.PathLike, error: Exception) -> None:
     """Record why this start of the run ended; any rank may, and the first is kept: the others fail because of it."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, Superseded):
+        return  # the file is the later start's
     # a full disk or a damaged state.json: often the very reason, and the caller prints it, too
     with contextlib.suppress(OSError, ValueError):
         before = read(run)
