@@ -39,6 +39,13 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
+def errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the error of each gradient; those of gains together, for one alone is a sum that may cancel to anything."""
+    gains = [n for n, g in expected.items() if g.numel() == 1]
+    result = {n: error(found[n], g) for n, g in expected.items() if g.numel() > 1}
+    return result | {"gains": error(*(torch.cat([of[n].cpu() for n in gains]) for of in (found, expected)))}
+
+
 def network(device: str, activations="fp32", dropout=0.0, checkpointing=False):
     torch.manual_seed(0)
     net = build(MODEL | {"dropout": dropout}, activations, checkpointing).train()
@@ -86,9 +93,9 @@ def test_a_compiled_network_is_the_eager_one(device, activations, dropout, check
         losses, gradients = step(plain, plain, "cpu", seed, dropout)
         found, its_gradients = step(fused, compiled, device, seed, dropout)
         assert error(found, losses) < bound, seed
-        for name, gradient in gradients.items():
+        for name, of_gradient in errors(its_gradients, gradients).items():
             # 16 bits leave the sums over pixels and samples more than an output
-            assert error(its_gradients[name], gradient) < (10 * bound if activations == "bf16" else bound), (seed, name)
+            assert of_gradient < (10 * bound if activations == "bf16" else bound), (seed, name)
 
 
 @pytest.mark.parametrize(("device", "fused"), [CPU_COMPILED, *ON_GPU])
@@ -178,7 +185,7 @@ def test_captured_graphs_leave_nothing_to_be_overwritten(device, checkpointing):
         later, _ = step(captured, forward, device, seed + 100)
         assert torch.equal(found, kept) and all(torch.equal(gradients[n], g) for n, g in kept_gradients.items())
         assert error(kept, losses) < BOUNDS["fp32"] and not torch.equal(later, kept)
-        assert all(error(g, expected[n]) < BOUNDS["fp32"] for n, g in kept_gradients.items())
+        assert max(errors(kept_gradients, expected).values()) < BOUNDS["fp32"]
 
 
 def test_the_compile_cache_lies_in_the_run_directory(tmp_path, monkeypatch):
