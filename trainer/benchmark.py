@@ -1,4 +1,4 @@
-"""Speed and memory on this machine: `python -m trainer.benchmark [--table step|optimizer|sampling] [--preset xs,s,xl] [--json]`.
+"""Speed and memory on this machine: `python -m trainer.benchmark [--table NAME] [--preset xs,s,xl] [--json]`.
 
 By itself a training step of a small network on a CPU (trainer/step_benchmark.py); `--table` chooses another table, `--preset` the
 real step of presets on this device (trainer/preset_benchmark.py).
@@ -23,7 +23,7 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=1, help="measure each loop as often, in alternation: the median counts"
     )
-    parser.add_argument("--batch", type=int, default=16, help="with --table sampling: images at once")
+    parser.add_argument("--batch", type=int, default=16, help="with --table sampling or fusion: images at once")
     parser.add_argument(
         "--compiled", action="store_true", help="with --table sampling: compiled too, which takes minutes"
     )
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.benchmark", description=__doc__.splitlines()[0])
     ways = step_benchmark.WAYS
     parser.add_argument("--way", default=",".join(ways), help=f"comma list of {', '.join(ways)}")
-    parser.add_argument("--table", choices=("step", "optimizer", "sampling"), default="step")
+    parser.add_argument("--table", choices=("step", "optimizer", "sampling", "fusion"), default="step")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -55,8 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 def _chosen(options: argparse.Namespace):
     """Return what measures and prints the table that is asked for; ValueError for options that it does not know."""
     of_presets = [f"--{name}" for name in OF_PRESETS if getattr(options, name)]
-    if of_presets and (options.table == "sampling" or not options.preset):
+    if of_presets and (options.table in ("sampling", "fusion") or not options.preset):
         raise ValueError(f"{of_presets[0]}: goes with --preset, and with no other table")
+    if options.table == "fusion":
+        from trainer import fusion_benchmark  # the compiler's own modules: seconds to import
+
+        return fusion_benchmark.run
     if options.overrides and not options.preset:
         raise ValueError(f"{options.overrides[0]}: overrides go with --preset")
     if options.table == "sampling":
