@@ -13,7 +13,7 @@ help:
 	@echo "make chaos     hit a small run 50 times (kill -9, signals, full disk, damaged files); nothing may be lost"
 	@echo "make lint      ruff"
 	@echo "make bench     speed and memory tables of this machine"
-	@echo "make experiments  noise densities, U-Nodes and noise robustness compared on digits: 25 minutes of a core; goes on where stopped"
+	@echo "make experiments  noise densities, U-Nodes and noise robustness compared on digits: 35 minutes of a core; goes on where stopped"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: " + sys.executable + " is Python " + sys.version.split()[0] + "; evenkeel needs 3.11 or newer; try: make PYTHON=python3.12 ...")'
