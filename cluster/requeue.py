@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         f"attempt {a.attempt + restarts}: rank {outcome.rank} ended with status {outcome.status}; {named}{verdict}"
     )
     print(f"requeue: {verdict}; log: {outcome.log}", flush=True)
-    write_atomically(
-        a.run / "logs" / "verdict.json", json.dumps({"verdict": verdict, "log": str(outcome.log), "again": again})
-    )
+    _record(a.run / "logs" / "verdict.json", {"verdict": verdict, "log": str(outcome.log), "again": again})
     if again:
         done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
         if done.returncode != 0:
@@ -50,6 +48,16 @@ def main(argv: list[str] | None = None) -> int:
         elif bad:
             exclude(a.run, job_id, bad, config.cluster.exclude)
     return outcome.status or a.status
+
+
+def _record(path: Path, content: dict) -> bool:
+    """Write JSON; say, and tell, where a full disk refuses it: a job that was preempted starts again all the same."""
+    try:
+        write_atomically(path, json.dumps(content))
+    except OSError as error:
+        print(f"requeue: {path} not written: {error}", flush=True)
+        return False
+    return True
 
 
 def _bad_nodes(control: Path, world: int) -> dict[str, str]:
@@ -61,7 +69,7 @@ def exclude(run: Path, job_id: str, bad: dict[str, str], configured: str) -> Non
     """Leave nodes out of the job, which is pending by now (Slurm takes it only then), and record them in logs/excluded.json."""
     path = run / "logs" / "excluded.json"
     recorded = {**read_json(path), **bad}
-    write_atomically(path, json.dumps(recorded))
+    _record(path, recorded)
     nodes = ",".join([*([configured] if configured else []), *recorded])
     done = subprocess.run(
         ["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={nodes}"], capture_output=True, text=True
@@ -81,9 +89,9 @@ def decide(run: Path, outcome: endings.Outcome, job_id: str, max_restarts: int) 
         return False, f"left to Slurm, where the job is {state}"
     before = read_json(run / "logs" / "progress.json")
     idle, verdict = endings.count_idle(before.get("idle", 0), before.get("clock", -1), clock(run), outcome)
-    write_atomically(
-        run / "logs" / "progress.json", json.dumps({"clock": max(clock(run), before.get("clock", -1)), "idle": idle})
-    )
+    reached = {"clock": max(clock(run), before.get("clock", -1)), "idle": idle}
+    if not _record(run / "logs" / "progress.json", reached) and not outcome.asked:
+        return False, "how often it failed without progress cannot be counted (see above)"
     if idle > max_restarts:
         return (
             False,
