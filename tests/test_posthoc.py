@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from trainer import ema_profiles, posthoc, snapshots, tensor_file
+from trainer import ema_profiles, posthoc, series, snapshots, tensor_file
 from trainer.snapshots import Snapshot, file_name
 
 DATA = Path(__file__).parent / "data"
@@ -268,9 +268,9 @@ def test_a_fork_and_its_parent_are_one_trajectory_two_strangers_are_not():
     def snapshot(run, parent, clock):
         return Snapshot(Path(f"ema-{clock}.safetensors"), clock, 0.05, {"run": run, "parent": parent})
 
-    posthoc._check_one_run([snapshot("old", "", 1), snapshot("new", "old", 2)])
+    series.check_one_run([snapshot("old", "", 1), snapshot("new", "old", 2)])
     with pytest.raises(ValueError, match="two runs share this folder"):
-        posthoc._check_one_run([snapshot("old", "", 1), snapshot("new", "", 2)])
+        series.check_one_run([snapshot("old", "", 1), snapshot("new", "", 2)])
 
 
 def test_a_model_key_that_came_later_has_its_default_in_older_snapshots():
@@ -278,9 +278,9 @@ def test_a_model_key_that_came_later_has_its_default_in_older_snapshots():
         header = {"run": "run", "data": {}, "buffers": [], "model": {"resolution": 8, **model}}
         return Snapshot(Path(f"{clock}"), clock, 0.05, header)
 
-    posthoc._check_one_run([snapshot(1), snapshot(2, prediction="edm")])
+    series.check_one_run([snapshot(1), snapshot(2, prediction="edm")])
     with pytest.raises(ValueError, match="its model is not that of"):
-        posthoc._check_one_run([snapshot(1), snapshot(2, prediction="v")])
+        series.check_one_run([snapshot(1), snapshot(2, prediction="v")])
 
 
 def test_what_rounding_would_drown_is_refused(tmp_path, capsys):

@@ -21,10 +21,10 @@ def test_a_full_disk_keeps_no_preempted_job_down_and_no_crashing_one_going(
     status,
     asked,
     again,
-    disk,
+    disk,  # noqa: F811
     tmp_path,
     monkeypatch,
-    capsys,  # noqa: F811
+    capsys,
 ):
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
