@@ -4,6 +4,7 @@ Fed by the run's own files (metrics.jsonl, state.json), so it shows what any oth
 leaves; a second one kills. Restarts follow the same policy as on Slurm: as long as the clock advances.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from trainer.config import Config, format_size
 LOOK_SECONDS = 0.2
 LINE_SECONDS = 5.0  # between plain lines where stdout is no terminal
 TAIL_LINES = 15
+NEWEST_BYTES = 2**20  # of metrics.jsonl, where it was cut back: more than a line of the largest network
 FROM_OUTSIDE = (signal.SIGTERM, signal.SIGHUP)
 STAGES = {"encode": "encoding", "preflight": "preflight", "train": "training", "finish": "drawing"}
 
@@ -35,12 +37,18 @@ class Tail:
         self.path, self.values = path, {}
         self._offset, self._rest = 0, b""
 
+    def skip(self) -> None:
+        """Pass over what is there: of a long run hundreds of megabytes."""
+        with contextlib.suppress(FileNotFoundError):
+            self._offset = self.path.stat().st_size
+
     def read(self) -> dict:
         """Return the last whole line's object, merged over those before it."""
         try:
             with open(self.path, "rb") as f:
-                if f.seek(0, 2) < self._offset:  # cut back by a resumed trainer
-                    self._offset, self._rest = 0, b""
+                size = f.seek(0, 2)
+                if size < self._offset:  # cut back by a resumed trainer: the newest lines say all
+                    self._offset, self._rest = max(0, size - NEWEST_BYTES), b""
                 f.seek(self._offset)
                 new = f.read()
         except FileNotFoundError:
@@ -63,8 +71,7 @@ class Display:
     def __init__(self, config: Config):
         self.run, self.total = Path(config.run), config.duration_images
         self.tail = Tail(self.run / "metrics.jsonl")
-        self.tail.read()  # lines of earlier attempts are no news
-        self.tail.values = {}
+        self.tail.skip()  # lines of earlier attempts are no news
         self.console = Console(highlight=False, soft_wrap=True)
         self.bar = None
         if self.console.is_terminal:

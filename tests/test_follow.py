@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
@@ -191,3 +192,21 @@ def test_numbers_in_words():
     assert describe(3072, 163840, values) == "3Ki/160Ki images, 1,234 images/s, 3m05s left"
     assert (short(731), short(2**30 + 2**29), short(1536)) == ("731", "1.5Gi", "1.5Ki")
     assert (duration(59.4), duration(3600 * 7 + 720)) == ("59s", "7h12m")
+
+
+def test_a_long_log_of_earlier_attempts_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    line = b'{"a": 1, "c": "' + b"x" * 1000 + b'"}\n'
+    path.write_bytes(line * 30_000)  # of weeks it is ten times as much
+    tail = Tail(path)
+    tracemalloc.start()
+    try:
+        tail.skip()
+        assert tail.read() == {}
+        os.truncate(path, path.stat().st_size - 1500)
+        assert tail.read()["a"] == 1
+        with open(path, "ab") as f:
+            f.write(b'\n{"b": 2}\n')
+        assert tail.read()["b"] == 2 and tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()

@@ -120,6 +120,7 @@ def test_signals_at_any_time_lead_to_one_status(data, tmp_path, when, numbers, s
     assert ranks.wait() == [status, status], ranks.output()
     state = json.loads((run / "state.json").read_text())
     assert state["status"] == "stopped" and state["clock"] == state["last_checkpoint"]
+    assert (state["clock"] == 0) == (when == "starting"), "no step is waited for"
 
 
 def left_alone_with_a_full_log(folder: str) -> str:

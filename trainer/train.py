@@ -31,7 +31,9 @@ from trainer.stop import Stop
 
 def train(run: Run) -> int:
     """Tell the story of a run; return the exit status."""
-    config, status = run.config, 0
+    config = run.config
+    run.stop.agreed()  # cast, and read at once: a stop asked for during start-up need not wait for a step, which may compile
+    status = run.stop.agreed()
     while not run.ended() and not status:
         if step(run):
             run.note_progress()
