@@ -35,6 +35,7 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 METRICS = (
     "loss",
     "denoise",
+    "chain",
     "latent",
     "fid",
     "fd_dinov2",
