@@ -265,3 +265,12 @@ def test_an_environment_that_no_launcher_makes_is_a_line(variables, tmp_path, mo
         f"error: {'MASTER_PORT' if 'WORLD_SIZE' in variables and '2' in variables.values() else min(variables)}"
     )
     assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives EIO")
+def test_a_config_that_cannot_be_read_at_present_is_no_mistake_of_the_user(tmp_path, capsys):
+    from trainer import train
+
+    (tmp_path / "config.yaml").symlink_to("/proc/self/mem")  # reading it is an I/O error
+    assert train.main([str(tmp_path / "config.yaml")]) == 1, "worth another start; 2 would be the end of the run"
+    assert capsys.readouterr().err.count("\n") == 1

@@ -5,6 +5,7 @@ own; rank 0 assembles and writes. What must not break: nothing in a thread touch
 space loses none: they wait in memory, checkpoints wait for them, and when that memory is used up the training waits, then ends.
 """
 
+import contextlib
 import errno
 import json
 import threading
@@ -69,7 +70,8 @@ class SnapshotWriter:
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".*.writing"):
-                left.unlink()  # of a life that was killed while it wrote
+                with contextlib.suppress(OSError):  # gone already, or held by a file server
+                    left.unlink()  # of a life that was killed while it wrote
         self._thread = threading.Thread(target=self._work, name="snapshots", daemon=True)
         self._thread.start()
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from data_pipeline.durable import write_atomically
 
 VERSION = 1
+# no mistake of the user: a file server's trouble, a disk that somebody may clear; another start may fare better
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 PREDECESSOR_SECONDS = 120.0  # as long as a save may take that Slurm's warning leaves time for
 _LONGEST_HEADER_BYTES = 100_000_000  # of a safetensors file
 

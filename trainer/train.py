@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             _record(config, folder / "config.yaml")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        state.tell(f"error: {error}")
+        return 1 if isinstance(error, OSError) and error.errno in state.MAY_PASS else 2
     try:
         run = Run(config, folder.resolve(), stop or Stop())
     except (ValueError, FileNotFoundError, PermissionError) as error:  # data or a checkpoint that do not fit the config
