@@ -347,6 +347,7 @@ def test_copies_are_left_alone_many_images_sort_as_numbers_and_a_replaced_one_is
     assert last_checkpoint(tmp_path).name == "10000000020"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives EIO")
 def test_a_sector_that_cannot_be_read_is_damage_too(saved, tmp_path):
     import shutil

@@ -60,7 +60,7 @@ def test_the_news_of_a_death_is_around_the_ring_before_the_first_one_ends(tmp_pa
     assert said == {str(r): "rank 3 is gone; this start ends, the last checkpoint stands, 1" for r in range(3)}
 
 
-@pytest.mark.parametrize(("rank", "seconds"), [("0", 1), ("1", 3)])
+@pytest.mark.parametrize(("rank", "seconds"), [("0", 1), pytest.param("1", 3, marks=pytest.mark.slow)])
 def test_a_missing_rank_is_an_error_in_time(rank, seconds, monkeypatch):
     from trainer import peers
 
@@ -143,6 +143,7 @@ def left_alone_with_a_full_log(folder: str) -> str:
     return "still here"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_log_on_a_full_disk_does_not_keep_a_rank_that_was_left_alone(tmp_path):
     begun = time.monotonic()

@@ -280,7 +280,8 @@ def test_one_flipped_bit_anywhere_in_the_header_is_told_in_one_line(tmp_path):
     [before] = snapshots.list_snapshots(tmp_path)
     whole = before.path.read_bytes()
     told = 0
-    for i in range(8 + int.from_bytes(whole[:8], "little")):
+    places = range(0, 8 + int.from_bytes(whole[:8], "little"), 3)
+    for i in places:
         content = bytearray(whole)
         content[i] ^= 1 << i % 8
         before.path.write_bytes(content)
@@ -290,7 +291,7 @@ def test_one_flipped_bit_anywhere_in_the_header_is_told_in_one_line(tmp_path):
         except ValueError as error:
             told += str(before.path) in str(error) and "\n" not in str(error)
             continue
-    assert told > 0.95 * i
+    assert told > 0.95 * len(places)
 
 
 def test_a_snapshot_of_an_earlier_version_has_no_digest_and_opens(tmp_path):

@@ -99,6 +99,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("what", ["log", "folder"])
 def test_a_hang_ends_also_where_nothing_can_be_written(tmp_path, what):
