@@ -14,8 +14,9 @@ from data_pipeline import encode
 from data_pipeline.durable import write_atomically
 from tests.gloo import ROOT, Ranks
 from tests.small_disk import full, mounted
+from trainer.audit import committed
 from trainer.checkpoint import list_checkpoints, seal
-from trainer.snapshots import file_name, read_header
+from trainer.snapshots import file_name, list_snapshots, read_header
 
 STEPS, BATCH = 12, 64
 OVERRIDES = [
@@ -269,3 +270,17 @@ def test_of_two_starts_of_one_run_one_trains(data, tmp_path):
     assert "Traceback" not in first.output()
     saved = len(list_checkpoints(run))
     assert saved and json.loads((run / "state.json").read_text())["attempt"] == 9
+
+
+@pytest.mark.slow
+def test_another_batch_from_a_checkpoint_on_sees_every_position_once_and_keeps_the_cadences(data, tmp_path):
+    run, audited = tmp_path / "run", f"data.audit={tmp_path / 'audit'}"
+    finish(run, data, "duration_images=256", audited)
+    ranks = start(run, data, "global_batch=96", audited)
+    assert ranks.wait() == [0, 0] and "on end at 832, beyond duration_images" in ranks.output(), ranks.output()
+    seen, in_vain = committed(tmp_path / "audit")
+    assert sorted(seen) == list(range(832)) and {len(times) for times in seen.values()} == {1} and not in_vain
+    assert {s.clock for s in list_snapshots(run)} == {128, 256, 448, 544, 640, 832}, "where a multiple of 128 is passed"
+    assert [int(p.name) for p in list_checkpoints(run)] == [256, 544, 832]
+    series = [s for s in list_snapshots(run) if s.sigma_rel == 0.1]
+    assert [s.header["update_interval_images"] for s in series] == [64, 64, 96, 96, 96, 96]

@@ -85,6 +85,13 @@ class Run:
         if "quarantine" in extras:
             self.examples.source.load_state(extras["quarantine"])
         self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
+        if (
+            over := max(0, config.duration_images - self.clock) % config.global_batch
+        ):  # the batch was another one before
+            end = config.duration_images + config.global_batch - over
+            self.say(
+                f"warning: steps of {config.global_batch} images from {self.clock} on end at {end}, beyond duration_images"
+            )
         self.resumed_at = self.clock
         self.state.values["last_checkpoint"] = self.clock  # a newer one may have been damaged
         # one group for each thread that talks: votes, snapshots, checkpoints
