@@ -77,6 +77,13 @@ def test_the_sequence_goes_on_beyond_32_bits_with_another_scramble():
     assert not torch.equal(draws.sigma_uniform(0, at), draws.sigma_uniform(0, at + 2**32))
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 4, 8), (1, 3, 3)])
+def test_a_mask_is_the_uniform_draw_compared(shape):
+    for where, bound in ((torch.tensor([0, 7, 2**40]), 0.1), (torch.tensor([5]), 0.5), (torch.arange(3), 0.0)):
+        expected = draws.uniform(3, "dropout 4", where, shape) >= bound
+        assert torch.equal(draws.at_least(bound, 3, "dropout 4", where, shape), expected)
+
+
 def test_no_counter_is_taken_for_an_index():
     """Inductor folds arithmetic on arange into 32-bit indices on GPUs (torch 2.11), where Philox's multipliers overflow."""
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -66,7 +66,7 @@ def step(net, forward, device: str, seed: int, dropout=0.0):
 
     def mask(layer, of):
         # a run has one seed; a number that changed would become a symbol, for which Inductor writes wrong C++ (torch 2.13)
-        return draws.uniform(5, f"dropout {layer}", positions.to(device), tuple(of[1:])) >= dropout
+        return draws.at_least(dropout, 5, f"dropout {layer}", positions.to(device), tuple(of[1:]))
 
     x, noise, sigma, labels = (t.to(device) for t in (0.5 * x, noise, sigma, labels))
     for p in net.parameters():

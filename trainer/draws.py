@@ -40,21 +40,44 @@ def stream_number(stream: str) -> int:
     return zlib.crc32(stream.encode())
 
 
-def bits(seed: int, stream: str, positions: Tensor, count: int) -> Tensor:
-    """Return int64 [N, count] words in [0, 2^32), row n a function of (seed, stream, positions[n]) alone."""
+def _words(seed: int, stream: str, positions: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Return four tensors int64 [N, count / 4, rounded up]: element 4 i + j of row n is the j-th one's [n, i]."""
     positions = positions.to(torch.int64).view(-1, 1)
     # masked, though it changes nothing: Inductor would take a multiple of arange for an index, of 32 bits on GPUs, and overflow
     element = torch.arange((count + 3) // 4, device=positions.device).view(1, -1) & _MASK
     words = philox(
         seed, element, positions & _MASK, (positions >> 32) & _MASK, torch.full_like(element, stream_number(stream))
     )
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]
+    return torch.broadcast_tensors(*words)
+
+
+def bits(seed: int, stream: str, positions: Tensor, count: int) -> Tensor:
+    """Return int64 [N, count] words in [0, 2^32), row n a function of (seed, stream, positions[n]) alone."""
+    return torch.stack(_words(seed, stream, positions, count), dim=-1).flatten(1)[:, :count]
+
+
+def _fraction(words: Tensor) -> Tensor:
+    return ((words >> 8).float() + 0.5) * 2.0**-24
 
 
 def uniform(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Return fp32 [N, *shape] in (0, 1), on a grid of 2^-24 offset by half a cell, so that neither end occurs."""
-    words = bits(seed, stream, positions, math.prod(shape))
-    return (((words >> 8).float() + 0.5) * 2.0**-24).view(-1, *shape)
+    return _fraction(bits(seed, stream, positions, math.prod(shape))).view(-1, *shape)
+
+
+def at_least(bound: float, seed: int, stream: str, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return `uniform` >= bound, bool [N, *shape].
+
+    By way of one byte for four elements: compiled for a GPU, that byte is all that goes through memory, where the words would be 32
+    bytes an element, sixteen times what the mask is for.
+    """
+    count = math.prod(shape)
+    found = [_fraction(words) >= bound for words in _words(seed, stream, positions, count)]
+    packed = sum(flag.to(torch.uint8) * 2**j for j, flag in enumerate(found)).contiguous()
+    # by strides: through an expanded view Inductor would compute it four times, and keep the words after all
+    four = packed.as_strided((*packed.shape, 4), (packed.shape[1], 1, 0))
+    each = (four >> torch.arange(4, dtype=torch.uint8, device=packed.device)) & 1
+    return each.bool().flatten(1)[:, :count].reshape(-1, *shape)
 
 
 def normal(seed: int, stream: str, positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:

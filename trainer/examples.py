@@ -114,7 +114,7 @@ class Examples:
             return None
 
         def mask(layer: int, shape: tuple[int, ...]) -> Tensor:
-            return draws.uniform(self.seed, f"dropout {layer}", positions, tuple(shape[1:])) >= self.dropout
+            return draws.at_least(self.dropout, self.seed, f"dropout {layer}", positions, tuple(shape[1:]))
 
         return mask
 
