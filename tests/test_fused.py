@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import prepared
+from models import magnitude, prepared
 from models.denoiser import build
 from models.magnitude import normalize_rows_, padded_conv2d
 from trainer import compilation, draws
@@ -115,6 +115,37 @@ def test_prepared_weights_are_the_cast_ones(device, fused):
                 for i, p in enumerate(net.parameters()):
                     p.mul_(1.5 if i % 2 else 0.8)
             prepared.refresh_(net)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_compiled_clip_is_clamping(device, kind):
+    """In passing of a concatenation and alone, where much is clipped: values, and gradients by masks made of the output."""
+    bound = 1.5
+
+    def chain(a, b, clipped, joined):
+        return F.silu(joined(a, b)) + clipped(b).mean(1, keepdim=True)
+
+    def ours(a, b):
+        return chain(a, b, lambda x: magnitude.clip(x, bound), lambda a, b: magnitude.mp_cat(a, b, 0.5, bound))
+
+    def plain(a, b):
+        def clamped(x):
+            return x.clamp(-bound, bound)
+
+        return chain(a, b, clamped, lambda a, b: magnitude.mp_cat(clamped(a), b, 0.5))
+
+    inputs = [torch.randn(2, c, 8, 8) * 1.5 for c in (16, 8)]
+    # what lies on the bound, or within rounding of it, has no gradient here
+    leaves = [torch.where((x.abs() - bound).abs() < 0.05, 0.5, x).to(kind).requires_grad_() for x in inputs]
+    others = [x.detach().to(device).requires_grad_() for x in leaves]
+    found, expected = torch.compile(ours, fullgraph=True)(*others), plain(*leaves)
+    way = torch.randn_like(expected)
+    limit = BOUNDS["fp32" if kind == torch.float32 else "bf16"]
+    assert error(found, expected) < limit
+    wanted = torch.autograd.grad(expected, leaves, way)
+    for mine, gradient in zip(torch.autograd.grad(found, others, way.to(device)), wanted, strict=True):
+        assert error(mine, gradient) < limit
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
