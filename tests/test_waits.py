@@ -30,6 +30,8 @@ def test_a_step(bare, accumulate):
     from trainer import timed_loop
     from trainer.preset_config import compose
 
+    if not bare:
+        pytest.importorskip("deepspeed")
     loop = timed_loop.Loop(compose("xxs", [*SMALL, f"global_batch={4 * accumulate}"], 4, on_gpu=True), bare)
     try:
         for _ in range(4):  # compiles; DeepSpeed's clock, were it on, would begin to wait at the third
