@@ -196,6 +196,10 @@ def test_skipped_steps_are_counted_and_one_too_many_stops_every_rank(data, tmp_p
 def test_a_run_whose_checkpoints_are_gone_or_damaged_is_refused_and_not_begun_again(data, undisturbed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
+    shutil.rmtree(list_checkpoints(run)[-1])
+    ranks = start(run, data, world=2)
+    assert ranks.wait() == [0, 0] and f"the checkpoint at {STEPS * BATCH} images" in ranks.output(), ranks.output()
+    assert_same(run, undisturbed)
     before = snapshots_of(run)
     for path in list_checkpoints(run):
         (path / "rank00000.safetensors").write_bytes(b"")

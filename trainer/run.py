@@ -124,6 +124,10 @@ class Run:
                 f"{self.folder / 'checkpoints'}: empty, but state.json tells of a checkpoint at {known} images; bring it back, or "
                 f"move {self.folder} away to start anew"
             )
+        if found is not None and known > int(found.name) and not (found.parent / f"{known:010d}").exists():
+            self.say(
+                f"warning: the checkpoint at {known} images, of which state.json tells, is gone; looking for the one before"
+            )
         return found
 
     def _begin(self, module) -> dict | None:
