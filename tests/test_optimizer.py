@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from models.magnitude import EPS, MPConv, normalize
 from trainer.ema import ShardedEma
 from trainer.optimizer import Fragment, MagnitudeAdam, RowLayout, whole_fragments
+from trainer.pages import LARGE, PAGE, SLOT, empty_apart
 
 
 class Net(torch.nn.Module):
@@ -135,3 +136,13 @@ def test_any_cut_of_a_tensor_covers_each_row_once(num_rows, length, boundaries):
             assert len(elements) < length and len({int(e) // length for e in elements}) == 1
             covered[elements] += 1
     assert bool((covered == 1).all())
+
+
+@pytest.mark.parametrize("shape", [(7,), (300, 64), (3, 100, 128)])
+@pytest.mark.parametrize("slot", [1, 5, 11])
+def test_large_tensors_lie_apart_in_their_pages(shape, slot):
+    tensor = torch.randn(shape)
+    made = empty_apart(tensor, slot).copy_(tensor)
+    assert torch.equal(made, tensor) and made.shape == tensor.shape and made.is_contiguous()
+    if tensor.numel() > LARGE // 4:
+        assert made.data_ptr() % PAGE == slot * SLOT % PAGE

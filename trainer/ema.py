@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.ema_profiles import beta, gamma_from_sigma_rel
+from trainer.pages import empty_apart
 
 if TYPE_CHECKING:
     from trainer.optimizer import Fragment
@@ -24,7 +25,9 @@ class ShardedEma:
         self.sigma_rel = list(sigma_rel)
         self.gammas = [float(gamma_from_sigma_rel(s)) for s in self.sigma_rel]
         # the first update has beta 0, so that these first values leave no trace
-        self.averages: list[list[Tensor]] = [[f.master.clone() for f in self.fragments] for _ in self.sigma_rel]
+        self.averages: list[list[Tensor]] = [
+            [empty_apart(f.master, 3 + i).copy_(f.master) for f in self.fragments] for i in range(len(self.sigma_rel))
+        ]
 
     @torch.no_grad()
     def update(self, clock_after: int, batch: int) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from models.magnitude import EPS, normalized_parameters
 from trainer.ema import ShardedEma
 from trainer.one_pass import OnePass
+from trainer.pages import empty_apart
 
 
 @dataclass
@@ -157,21 +158,23 @@ class MagnitudeAdam:
         self._known = torch.zeros((), pin_memory=self.device.type == "cuda")
         self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
         self._gradient_scale, self._clock_after, self._batch = 1.0, 0, 0
-        self._init_adam_state()
+        self._init_adam_state(one_pass)
         self._taken: list[tuple[Tensor, Tensor]] = []
         self._one_pass = OnePass(self) if one_pass else None
         adam.register_step_pre_hook(lambda *_: self._before_adam())
         adam.register_step_post_hook(lambda *_: self._after_adam())
 
-    def _init_adam_state(self) -> None:
+    def _init_adam_state(self, one_step: bool) -> None:
         # as Adam itself would on its first step; made here so that a checkpoint can be loaded into it before any step
         # (ZeRO stage 3 hands Adam its partition only while it steps: the fragments know it at all times)
+        # the one pass counts its steps once, not for each of hundreds of tensors
+        step = torch.zeros((), device=self.device)
         flats = [p for group in self.adam.param_groups for p in group["params"]] + [f.flat for f in self.fragments]
         for p in {id(p): p for p in flats}.values():
             self.adam.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
+                "step": step if one_step else step.clone(),
+                "exp_avg": empty_apart(p, 1).zero_(),
+                "exp_avg_sq": empty_apart(p, 2).zero_(),
             }
 
     def schedule(self, learning_rate: float, gradient_scale: float, clock_after: int, batch: int) -> None:
@@ -217,7 +220,7 @@ class MagnitudeAdam:
             self._step_in_one_pass(grads, cut)
 
     def _step_in_one_pass(self, grads: list[Tensor], cut: Tensor) -> None:
-        torch._foreach_add_([state["step"] for state in self.adam.state.values()], 1 - self.masked)
+        next(iter(self.adam.state.values()))["step"].add_(1 - self.masked)
         weights = [] if self.ema is None else self.ema.weights(self._clock_after, self._batch)
         self._one_pass(grads, cut, self.adam.param_groups[0]["lr"], self._gradient_scale, weights)
         # torch's Adam passes over what has no gradient; it gets them back when it is done
