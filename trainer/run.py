@@ -47,24 +47,7 @@ class Run:
             fix_environment(folder, int(os.environ.get("RANK", "0")))
         if compilation.wanted(config, on_gpu()):
             compilation.keep_cache(folder, int(os.environ.get("RANK", "0")))
-        hang = config.engine.hang_seconds or MEETING_SECONDS
-        # the watchdog speaks first: a collective's own timeout names nobody
-        self.rank, self.world = start_process_group(
-            hang, patience := max(COLLECTIVE_SECONDS, 2 * PATIENCE_FACTOR * hang)
-        )
-        if self.rank == 0:
-            await_predecessor(folder)
-        self.state = RunState(folder, self.rank, config.duration_images)
-        shared = [self.state.values]
-        dist.broadcast_object_list(
-            shared
-        )  # rank 0 may have written before another rank read: one attempt, one last checkpoint
-        self.state.values = shared[0]
-        self.state.write()
-        hang = config.engine.hang_seconds, config.engine.hang_steps
-        self.watchdog = Watchdog(folder, self.rank, self.world, self.state.attempt, *hang)
-        self.peers = Peers(folder, self.rank, self.world, self.state.attempt, self._group(FOREVER))
-        self.say(f"attempt {self.state.attempt} of {folder} on {self.world} ranks, {device()}")
+        self._meet()
         self.examples = Examples(config, device())
         loss = config.loss
         self.weighting = {"weighting": loss.weighting, "prediction": config.model.prediction}
@@ -75,46 +58,30 @@ class Run:
         self.engine = Engine(config, module)
         held = ", ".join(f"{kind} {n / 2**20:.1f} MiB" for kind, n in self.engine.held_bytes().items())
         self.say(f"rank 0 of {self.world} holds, ZeRO stage {config.engine.zero_stage}: {held}")
-        self.clock, extras = checkpoint.restore(found, self.engine) if found else (0, {})
-        bad = extras.get("nonfinite_steps", 0)
-        self.engine.optimizer.num_nonfinite.fill_(bad)
-        # steps of another policy, zeroed ones for instance, are none that this one forbids
-        counted = extras.get("nonfinite", {"policy": "skip", "before": 0})  # an earlier version's: only skip counts on
-        self.bad_before = counted["before"] if counted["policy"] == config.optimizer.nonfinite else bad
-        self.examples.noise_levels.restore(extras.get("noise"), self.rank)
-        if "quarantine" in extras:
-            self.examples.source.load_state(extras["quarantine"])
-        self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
-        if (
-            over := max(0, config.duration_images - self.clock) % config.global_batch
-        ):  # the batch was another one before
-            end = config.duration_images + config.global_batch - over
-            self.say(
-                f"warning: steps of {config.global_batch} images from {self.clock} on end at {end}, beyond duration_images"
-            )
-        self.resumed_at = self.clock
-        self.state.values["last_checkpoint"] = self.clock  # a newer one may have been damaged
-        # one group for each thread that talks: votes, snapshots, checkpoints
-        votes, snapshots, checkpoints = (self._group(timedelta(seconds=patience)) for _ in range(3))
-        stop.vote_in(votes)
-        commit = provenance.commit()
-        header = self._snapshot_header(commit)
-        self.snapshots = SnapshotWriter(folder, header, self.rank, self.world, snapshots, patience)
-        c = config.checkpoints
-        self.checkpoints = CheckpointWriter(
-            folder, self.engine, checkpoints, self.snapshots, c.keep_last, c.keep_every_images, header, self.state.check
-        )
-        self.audit = Audit(config.data.audit, self.state.attempt, self.rank, self.clock)
-        m = config.metrics
-        trackers = open_trackers(folder, m, self.clock, to_dict(config)) if self.rank == 0 else []
-        self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port, trackers)
-        self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
-        self.metrics.load_state(extras.get("metrics", {}), self.world)
-        cost = flops.count(to_dict(config)["model"])
-        self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, cost, self.bad_before)
-        self.metrics.count("evenkeel_snapshots_written_total", 0)
+        extras = self._restore(found)
+        self._open_services(extras.get("metrics", {}))
         self._note_durable(self.clock)
         self.state.write(status="running", clock=self.clock)
+
+    def _meet(self) -> None:
+        """Find the other ranks, agree with them which start of the run this is, and watch over each other from then on."""
+        options, folder = self.config.engine, self.folder
+        hang = options.hang_seconds or MEETING_SECONDS
+        self.patience = max(COLLECTIVE_SECONDS, 2 * PATIENCE_FACTOR * hang)
+        # the watchdog speaks first: a collective's own timeout names nobody
+        self.rank, self.world = start_process_group(hang, self.patience)
+        if self.rank == 0:
+            await_predecessor(folder)
+        self.state = RunState(folder, self.rank, self.config.duration_images)
+        # rank 0 may have written before another rank read: one attempt, one last checkpoint
+        shared = [self.state.values]
+        dist.broadcast_object_list(shared)
+        self.state.values = shared[0]
+        self.state.write()
+        attempt = self.state.attempt
+        self.watchdog = Watchdog(folder, self.rank, self.world, attempt, options.hang_seconds, options.hang_steps)
+        self.peers = Peers(folder, self.rank, self.world, attempt, self._group(FOREVER))
+        self.say(f"attempt {attempt} of {folder} on {self.world} ranks, {device()}")
 
     def _checkpoint(self) -> Path | None:
         """Return what to continue from, None for a new run; raise ValueError where it should be there and is not."""
@@ -141,6 +108,50 @@ class Run:
         origin.load(module, path)
         self.say(f"the weights of {path}; the optimizer, the averages and the clock start afresh")
         return origin.provenance(header, path)
+
+    def _restore(self, found: Path | None) -> dict:
+        """Load the checkpoint that was found, or begin at 0; return its extras, {} without one."""
+        config = self.config
+        self.clock, extras = checkpoint.restore(found, self.engine) if found else (0, {})
+        bad = extras.get("nonfinite_steps", 0)
+        self.engine.optimizer.num_nonfinite.fill_(bad)
+        # steps of another policy, zeroed ones for instance, are none that this one forbids
+        counted = extras.get("nonfinite", {"policy": "skip", "before": 0})  # an earlier version's: only skip counts on
+        self.bad_before = counted["before"] if counted["policy"] == config.optimizer.nonfinite else bad
+        self.examples.noise_levels.restore(extras.get("noise"), self.rank)
+        if "quarantine" in extras:
+            self.examples.source.load_state(extras["quarantine"])
+        self.say(f"continuing at {self.clock} images" if self.clock else "starting at 0 images")
+        over = max(0, config.duration_images - self.clock) % config.global_batch
+        if over:  # the batch was another one before
+            end, steps = config.duration_images + config.global_batch - over, f"steps of {config.global_batch} images"
+            self.say(f"warning: {steps} from {self.clock} on end at {end}, beyond duration_images")
+        self.resumed_at = self.clock
+        self.state.values["last_checkpoint"] = self.clock  # a newer one may have been damaged
+        return extras
+
+    def _open_services(self, counted: dict) -> None:
+        """Start what works beside the loop: votes on a stop, snapshots, checkpoints, metrics, which go on from `counted`."""
+        config, folder, patience = self.config, self.folder, self.patience
+        # one group for each thread that talks: votes, snapshots, checkpoints
+        votes, snapshots, checkpoints = (self._group(timedelta(seconds=patience)) for _ in range(3))
+        self.stop.vote_in(votes)
+        commit = provenance.commit()
+        header = self._snapshot_header(commit)
+        self.snapshots = SnapshotWriter(folder, header, self.rank, self.world, snapshots, patience)
+        c = config.checkpoints
+        self.checkpoints = CheckpointWriter(
+            folder, self.engine, checkpoints, self.snapshots, c.keep_last, c.keep_every_images, header, self.state.check
+        )
+        self.audit = Audit(config.data.audit, self.state.attempt, self.rank, self.clock)
+        m = config.metrics
+        trackers = open_trackers(folder, m, self.clock, to_dict(config)) if self.rank == 0 else []
+        self.metrics = Metrics(folder, self.rank, self.state.attempt, m.address, m.port, trackers)
+        self.metrics.set("evenkeel_run_info", 1, commit=commit, config=digest(config), world=str(self.world))
+        self.metrics.load_state(counted, self.world)
+        cost = flops.count(to_dict(config)["model"])
+        self.meter = Meter(config, self.engine, self.examples.source, self.metrics, self.clock, cost, self.bad_before)
+        self.metrics.count("evenkeel_snapshots_written_total", 0)
 
     def _group(self, timeout: timedelta):
         return dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
