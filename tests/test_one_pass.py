@@ -4,10 +4,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from models import native
 from models.magnitude import EPS
 from tests import test_engine
 from tests.gloo import on_ranks
@@ -174,3 +176,15 @@ def test_the_triton_kernel_compiles_for_hopper():
     constants = {(_step.arg_names.index("AVERAGES"),): 2, (_step.arg_names.index("BLOCK"),): 1024}
     compiled = triton.compile(ASTSource(_step, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert "cubin" in compiled.asm
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 127, 128, 129, 1000, 4099])
+def test_norms_on_a_cpu_miss_no_entry(length):
+    native.load(Path(one_pass.__file__).with_suffix(".cpp"))
+    tensor = torch.randn(length)
+    torch.testing.assert_close(torch.ops.evenkeel.norms([tensor])[0], torch.linalg.vector_norm(tensor))
+    for at in {0, length // 2, length - 1}:
+        for bad in (float("nan"), float("inf")):
+            spoilt = tensor.clone()
+            spoilt[at] = bad
+            assert not torch.ops.evenkeel.norms([tensor, spoilt])[1].isfinite()
