@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.gloo import on_ranks
 from tests.test_engine import BATCH, build, config_of, losses_of, rate
@@ -38,6 +39,29 @@ def train_and_save(run: str, stage: int, clocks: list[int], fill_disk: bool = Fa
         except OSError as error:
             problems.append(str(error))
     return problems
+
+
+def save_at_last(run: str, refusals: int, number: int, patience: float) -> tuple[str, int]:
+    """On each rank: save durably where rank 1's disk refuses so often, with this errno; return what was said, how many tries."""
+    from trainer import checkpoint_writer
+    from trainer.engine import Engine, start_process_group
+
+    rank, world = start_process_group()
+    engine = Engine(config_of(micro_batch=BATCH // world), build(config_of()))
+    real, tried = checkpoint_writer.save_file, []
+
+    def refused(tensors, path):
+        tried.append(path)
+        if rank == 1 and len(tried) <= refusals:
+            raise SafetensorError(f"I/O error: no (os error {number})")  # as the library tells it
+        real(tensors, path)
+
+    checkpoint_writer.save_file, checkpoint_writer.RETRY_SECONDS = refused, 0.01
+    try:
+        writer_of(run, engine, keep_last=2).save_durably(12, life=1, extras={}, patience_seconds=patience)
+    except checkpoint_writer.NotSaved as error:
+        return str(error), len(tried)
+    return "", len(tried)
 
 
 class NoSnapshots:
@@ -272,6 +296,19 @@ def test_a_full_disk_on_one_rank_is_told_to_all_and_older_checkpoints_stay(tmp_p
     problems = on_ranks(2, train_and_save, str(tmp_path), 1, [12], True)
     assert all("rank 1: [Errno 28]" in p[0] and "intact" in p[0] for p in problems)
     assert checkpoint.list_checkpoints(tmp_path) == [] and not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_last_checkpoint_waits_for_space_and_for_nothing_that_stays(tmp_path):
+    from trainer.checkpoint import list_checkpoints, verify
+
+    no_space, no_permission = 28, 13
+    assert on_ranks(2, save_at_last, str(tmp_path / "a"), 3, no_space, 60.0) == [("", 4)] * 2
+    [found] = list_checkpoints(tmp_path / "a")
+    assert verify(found) == []
+    for number, patience in ((no_space, 0.0), (no_permission, 60.0)):
+        told = on_ranks(2, save_at_last, str(tmp_path / "b"), 3, number, patience)
+        assert [n for _, n in told] == [1, 1] and all("not saved: rank 1: I/O error" in line for line, _ in told)
+        assert list_checkpoints(tmp_path / "b") == []
 
 
 @pytest.mark.parametrize(

@@ -214,20 +214,31 @@ def test_a_run_whose_checkpoints_are_gone_or_damaged_is_refused_and_not_begun_ag
 
 
 @pytest.mark.slow
-def test_a_last_save_that_finds_no_space_is_a_line_on_every_rank_and_what_was_saved_stands(data, tmp_path):
+def test_a_last_save_waits_for_space_and_ends_in_a_line_on_every_rank_where_none_comes(data, tmp_path):
     with mounted(tmp_path / "disk", 2**24) as folder:
         run = folder / "run"
         keys = ["snapshots.every_images=0", "checkpoints.every_images=512", f"run={run}", f"data.path={data}"]
         keys += ["duration_images=1Mi", "cluster.ranks_per_node=2"]
-        ranks = Ranks(2, tmp_path / "logs", str(ROOT / "configs/quickstart.yaml"), *OVERRIDES, *keys)
-        wait_for_clock(run, 10 * BATCH, ranks)
-        while not list_checkpoints(run):
-            time.sleep(0.05)
-        with full(folder):
-            time.sleep(1)  # metrics and state go on without a disk
-            assert all(p.poll() is None for p in ranks.processes), ranks.output()
-            ranks.processes[0].send_signal(signal.SIGTERM)
-            assert ranks.wait() == [1, 1], ranks.output()
+        for patient in (True, False):
+            ranks = Ranks(2, tmp_path / f"logs-{patient}", str(ROOT / "configs/quickstart.yaml"), *OVERRIDES, *keys)
+            before = json.loads((run / "state.json").read_text())["last_checkpoint"] if run.exists() else 0
+            wait_for_clock(run, before + 10 * BATCH, ranks)
+            while not list_checkpoints(run):
+                time.sleep(0.05)
+            with full(folder):
+                time.sleep(1)  # metrics and state go on without a disk
+                assert all(p.poll() is None for p in ranks.processes), ranks.output()
+                ranks.processes[0].send_signal(signal.SIGTERM)
+                if patient:
+                    while "trying again" not in ranks.output():
+                        assert all(p.poll() is None for p in ranks.processes), ranks.output()
+                        time.sleep(0.05)
+                else:
+                    assert ranks.wait() == [1, 1], ranks.output()
+            if patient:
+                assert ranks.wait() == [75, 75], ranks.output()
+                stopped = json.loads((run / "state.json").read_text())
+                assert stopped["clock"] == stopped["last_checkpoint"], "what was trained is saved"
         saved = json.loads((run / "state.json").read_text())["last_checkpoint"]
         assert ranks.output().count("not saved: rank") >= 2 and "Traceback" not in ranks.output(), ranks.output()
         ranks = start(run, data, "snapshots.every_images=0", f"duration_images={saved + 4 * BATCH}")

@@ -8,8 +8,10 @@ completes only after every snapshot up to its clock is durable, or a kill could 
 import contextlib
 import json
 import os
+import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,17 @@ from safetensors.torch import save_file
 from data_pipeline.durable import sync_folder, write_atomically
 from trainer.checkpoint import VERSION, abandoned, hash_file, is_readable, list_checkpoints, seal, state
 from trainer.engine import Engine
-from trainer.state import tell
+from trainer.state import MAY_PASS, tell
+
+PATIENCE_SECONDS, RETRY_SECONDS = 60.0, 1.0  # with a disk that refuses a run's last checkpoint
+
+
+class NotSaved(OSError):
+    """A checkpoint that could not be written on one of the ranks, raised on all; `may_pass`: another try may fare better."""
+
+    def __init__(self, message: str, may_pass: bool):
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class CheckpointWriter:
@@ -56,7 +68,7 @@ class CheckpointWriter:
     def save(self, clock: int, life: int, extras: dict) -> None:
         """Begin to save the state of `clock`; waits for the copy to host memory and for a save still in flight.
 
-        Raises OSError on every rank when the save before could not be written (a full disk); older checkpoints stay.
+        Raises NotSaved on every rank when the save before could not be written (a full disk); older checkpoints stay.
         """
         self.wait()
         owned = self.engine.owned()
@@ -78,6 +90,25 @@ class CheckpointWriter:
         }
         self._thread = threading.Thread(target=self._work, args=(manifest, tensors, pieces), name="checkpoint")
         self._thread.start()
+
+    def save_durably(self, clock: int, life: int, extras: dict, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        """Save the state of `clock` and return when it is on disk: what a run ends with, for there is no save after it.
+
+        A full disk is waited for; raises NotSaved on every rank where it stays full for `patience_seconds`.
+        """
+        until, told = time.monotonic() + patience_seconds, False
+        while True:
+            try:
+                self.save(clock, life, extras)
+                return self.wait()
+            except NotSaved as error:
+                # one rank decides for all: their clocks differ
+                if not self._agree(error.may_pass and time.monotonic() < until)[0]:
+                    raise
+                if self.engine.rank == 0 and not told:
+                    tell(f"warning: {error}; trying again for {patience_seconds:.0f} s")
+                told = True
+                time.sleep(RETRY_SECONDS)
 
     def wait(self) -> None:
         """Return when nothing is in flight; raise what the thread raised, once."""
@@ -110,16 +141,16 @@ class CheckpointWriter:
             raise
 
     def _all_did(self, clock: int, what, *args) -> list:
-        """Do `what` here and return what it returned on each rank; raise OSError everywhere if it could not be done on one."""
-        problem, result = "", None
+        """Do `what` here and return what it returned on each rank; raise NotSaved everywhere if it could not be done on one."""
+        problem, result = None, None
         try:
             result = what(*args)
-        except Exception as error:  # told to all ranks by the vote; the safetensors library's errors are no OSError
-            problem = f"rank {self.engine.rank}: {error}"
+        except Exception as error:  # told to all ranks by the vote
+            problem = (f"rank {self.engine.rank}: {error}", _number(error) in MAY_PASS)
         answers = self._agree((problem, result))
-        problems = [p for p, _ in answers if p]
-        if problems:
-            raise OSError(f"checkpoint at {clock} images not saved: {problems[0]}; those before it are intact")
+        if problems := [p for p, _ in answers if p]:
+            message = f"checkpoint at {clock} images not saved: {problems[0][0]}; those before it are intact"
+            raise NotSaved(message, may_pass=all(passes for _, passes in problems))
         return [r for _, r in answers]
 
     def _commit(self, beside: Path, final: Path, manifest: dict, files: list[dict]) -> None:
@@ -172,6 +203,12 @@ class CheckpointWriter:
         everyone = [None] * self.engine.world
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
+
+
+def _number(error: Exception) -> int | None:
+    """Return an error's errno; the safetensors library tells it in words only."""
+    words = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(words[1]) if words else None)
 
 
 def _discard(folder: Path) -> None:

@@ -316,8 +316,8 @@ class Run:
         except OSError as error:
             self.say(f"warning: {error}")
         if max(self.checkpoints.durable, self.resumed_at) != self.clock:
-            self.checkpoints.save(self.clock, self.state.attempt, self._extras())
-            self.checkpoints.wait()  # raises where the disk is still full: the status must not say that it was saved
+            # raises where the disk stays full: the status must not say that it was saved
+            self.checkpoints.save_durably(self.clock, self.state.attempt, self._extras())
             self.say(f"saved a checkpoint at {self.clock} images")
         self.snapshots.close()
         self.stop.finish()
