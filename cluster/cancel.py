@@ -16,10 +16,12 @@ from pathlib import Path
 
 from cluster import points, slurm
 from cluster.run_directory import follower, read_state, runs_training, saved_images, shown, write_atomically
+from data_pipeline.command import command_line
 
 LOOK_SECONDS = 0.5
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Ask the run to stop, wait until it has, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cluster.cancel", description="Stop a run: save, then leave.")
@@ -28,14 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         "--now", action="store_true", help="do not wait for a checkpoint: lose what came after the last one"
     )
     arguments = parser.parse_args(argv)
-    try:
-        run = arguments.run.resolve()
-        for line in cancel_sweep(run, arguments.now) if points.is_sweep(run) else [cancel(run, arguments.now)]:
-            print(line, flush=True)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run = arguments.run.resolve()
+    for line in cancel_sweep(run, arguments.now) if points.is_sweep(run) else [cancel(run, arguments.now)]:
+        print(line, flush=True)
+    return 0
 
 
 def cancel_sweep(folder: Path, now: bool) -> Iterator[str]:

@@ -30,6 +30,7 @@ from cluster.code_copy import copy_code  # noqa: E402
 from cluster.job import die_with_parent  # noqa: E402
 from cluster.run_directory import read_json, shown, write_atomically  # noqa: E402
 from data_pipeline import manifest  # noqa: E402
+from data_pipeline.command import command_line  # noqa: E402
 from trainer.config import CONFIGS, read_yaml  # noqa: E402
 from trainer.groups import Cluster  # noqa: E402
 from trainer.typed import build  # noqa: E402
@@ -181,52 +182,44 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str], Cluste
     return options, others, c
 
 
+@command_line("the same command goes on from here")
 def main(argv: list[str] | None = None) -> int:
     """Encode what is missing; return the exit status."""
-    try:
-        options, others, c = parse(argv)
-        folder = options.folder.resolve()
-        source = str(Path(options.source).resolve()) if Path(options.source).exists() else options.source
-        job = ROOT / "runs" / f"encode_{folder.name}"
-        if manifest.manifest_path(folder).is_file():
-            found = manifest.load(str(folder))
-            print(f"{shown(folder)} is made: {found.num_samples} samples of {found.source}, {found.codec}")
-            return endings.FINISHED
-        if state := slurm.active_state(job):
-            print(f"Slurm job {slurm.job_of(job)} is {state}: {shards_made(folder)} shards are there")
-            return endings.FINISHED
-        after = slurm.after(options.after) if options.after else ""
-        found = plan(source, folder, others)
-        tasks = min(options.tasks, found["shards"])
-        earlier = read_json(job / "encode.json").get("folder", str(folder))
-        if earlier != str(folder):
-            raise ValueError(
-                f"{shown(job)} is of another folder, {earlier}; delete it, or give the new one another name"
-            )
-        run_directory.heed_umask(c)
-        job.mkdir(parents=True, exist_ok=True)
-        lock = run_directory.hold(job)  # until this process ends
-        assert lock >= 0
-        (job / "logs").mkdir(exist_ok=True)
-        copy_code(ROOT, job / "code")
-        write_atomically(job / "encode.json", json.dumps({"version": 1, "source": source, "folder": str(folder)}))
-        print(
-            f"{found['images']} images in {found['shards']} shards, {shards_made(folder)} there; logs: {shown(job / 'logs')}"
-        )
-        parts = commands(source, folder, others, tasks)
-        if c.kind == "slurm":
-            print("\n".join(submit(c, job, parts, options.parallel or tasks, after)))
-            return endings.FINISHED
-        status = run_here(c, job, parts, folder, found["shards"])
-        if status == endings.FINISHED:
-            print(f"{shown(folder)} is made: {manifest.load(str(folder)).num_samples} samples")
-        return status
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return endings.USER_ERROR
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return endings.INTERRUPTED
+    options, others, c = parse(argv)
+    folder = options.folder.resolve()
+    source = str(Path(options.source).resolve()) if Path(options.source).exists() else options.source
+    job = ROOT / "runs" / f"encode_{folder.name}"
+    if manifest.manifest_path(folder).is_file():
+        found = manifest.load(str(folder))
+        print(f"{shown(folder)} is made: {found.num_samples} samples of {found.source}, {found.codec}")
+        return endings.FINISHED
+    if state := slurm.active_state(job):
+        print(f"Slurm job {slurm.job_of(job)} is {state}: {shards_made(folder)} shards are there")
+        return endings.FINISHED
+    after = slurm.after(options.after) if options.after else ""
+    found = plan(source, folder, others)
+    tasks = min(options.tasks, found["shards"])
+    earlier = read_json(job / "encode.json").get("folder", str(folder))
+    if earlier != str(folder):
+        raise ValueError(f"{shown(job)} is of another folder, {earlier}; delete it, or give the new one another name")
+    run_directory.heed_umask(c)
+    job.mkdir(parents=True, exist_ok=True)
+    lock = run_directory.hold(job)  # until this process ends
+    assert lock >= 0
+    (job / "logs").mkdir(exist_ok=True)
+    copy_code(ROOT, job / "code")
+    write_atomically(job / "encode.json", json.dumps({"version": 1, "source": source, "folder": str(folder)}))
+    print(
+        f"{found['images']} images in {found['shards']} shards, {shards_made(folder)} there; logs: {shown(job / 'logs')}"
+    )
+    parts = commands(source, folder, others, tasks)
+    if c.kind == "slurm":
+        print("\n".join(submit(c, job, parts, options.parallel or tasks, after)))
+        return endings.FINISHED
+    status = run_here(c, job, parts, folder, found["shards"])
+    if status == endings.FINISHED:
+        print(f"{shown(folder)} is made: {manifest.load(str(folder)).num_samples} samples")
+    return status
 
 
 if __name__ == "__main__":

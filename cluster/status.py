@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import points, standing, sweep_table
+from data_pipeline.command import command_line
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cluster.status", description="Show what runs where, and how far.")
@@ -30,16 +32,12 @@ def main(argv: list[str] | None = None) -> int:
         if not runs:
             print("no runs in runs/ yet; start one: python cluster/submit.py configs/quickstart.yaml")
             return 0
-    try:
-        if runs:
-            show(list(standing.COLUMNS), [standing.row(run) for run in runs])
-        for folder in sweeps:
-            columns, found = sweep_table.write(folder)
-            show(columns, [sweep_table.cells(row, columns) for row in found])
-            print("\n".join(sweep_table.best(folder, found)), file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if runs:
+        show(list(standing.COLUMNS), [standing.row(run) for run in runs])
+    for folder in sweeps:
+        columns, found = sweep_table.write(folder)
+        show(columns, [sweep_table.cells(row, columns) for row in found])
+        print("\n".join(sweep_table.best(folder, found)), file=sys.stderr)
     return 0
 
 

@@ -20,6 +20,7 @@ import os  # noqa: E402
 from cluster import endings, follow, forecast, job, points, run_directory, slurm, sweep_table  # noqa: E402
 from cluster.run_directory import shown  # noqa: E402
 from data_pipeline import manifest  # noqa: E402
+from data_pipeline.command import command_line  # noqa: E402
 from trainer import communication, origin  # noqa: E402
 from trainer.config import Config, dump, load  # noqa: E402
 
@@ -76,31 +77,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status, which for a local run is the trainer's."""
-    try:
-        arguments = parse(argv)
-        if arguments.sweep:
-            return sweep(arguments)
-        if arguments.parallel is not None:
-            raise ValueError(f"--parallel {arguments.parallel}: is for a sweep; add --sweep key=a,b,c")
-        config = run_directory.absolute(load(arguments.config, arguments.overrides), ROOT)
-        after = check(config, arguments.after)
-        warnings = doubts(config)
-        if arguments.dry_run:
-            print(dump(config), end="")
-            if config.cluster.kind == "slurm":
-                print(f"\n# sbatch script:\n{slurm.script(config, after)}")
-            print("\n# what it will need\n" + "\n".join([*forecast.forecast(config), *communication.lines(config)]))
-            print("\n".join(warnings))
-            return 0
-        run_directory.heed_umask(config.cluster)
-        return submit(config, arguments.fork, warnings, after)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return endings.USER_ERROR
-    except KeyboardInterrupt:
-        return endings.INTERRUPTED
+    arguments = parse(argv)
+    if arguments.sweep:
+        return sweep(arguments)
+    if arguments.parallel is not None:
+        raise ValueError(f"--parallel {arguments.parallel}: is for a sweep; add --sweep key=a,b,c")
+    config = run_directory.absolute(load(arguments.config, arguments.overrides), ROOT)
+    after = check(config, arguments.after)
+    warnings = doubts(config)
+    if arguments.dry_run:
+        print(dump(config), end="")
+        if config.cluster.kind == "slurm":
+            print(f"\n# sbatch script:\n{slurm.script(config, after)}")
+        print("\n# what it will need\n" + "\n".join([*forecast.forecast(config), *communication.lines(config)]))
+        print("\n".join(warnings))
+        return 0
+    run_directory.heed_umask(config.cluster)
+    return submit(config, arguments.fork, warnings, after)
 
 
 def sweep(arguments: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ import subprocess  # noqa: E402
 
 from cluster import slurm, sweep_array, sweep_plot  # noqa: E402
 from cluster.run_directory import shown, write_atomically  # noqa: E402
+from data_pipeline.command import command_line  # noqa: E402
 from trainer.config import parse_size, read_yaml  # noqa: E402
 from trainer.ema_profiles import gamma_from_sigma_rel, parse_range  # noqa: E402
 
@@ -250,51 +251,43 @@ def _without(words: list[str], options: argparse.Namespace) -> list[str]:
     return [*words, "--kind", "local"]
 
 
+@command_line("the same command goes on from here", also=(subprocess.SubprocessError,))
 def main(argv: list[str] | None = None) -> int:
     """Sweep the EMA length after a run."""
     options, others = _parser().parse_known_args(argv)
-    try:
-        run = options.run.resolve()
-        clock = int(parse_size(options.at)) if options.at else 0 if options.after else last_clock(run)
-        lengths, guidances = parse_range(options.sigma_rel), parse_range(options.guidance)
-        for length in lengths:
-            gamma_from_sigma_rel(length)
-        if any(g != 1 for g in guidances) and "--guide" not in others:
-            raise ValueError(f"--guidance {options.guidance}: needs a guide; add --guide FILE, or --guide self")
-        config = run / "config.yaml"
-        kind = options.kind or (
-            read_yaml(config).get("cluster", {}).get("kind", "local") if config.is_file() else "local"
+    run = options.run.resolve()
+    clock = int(parse_size(options.at)) if options.at else 0 if options.after else last_clock(run)
+    lengths, guidances = parse_range(options.sigma_rel), parse_range(options.guidance)
+    for length in lengths:
+        gamma_from_sigma_rel(length)
+    if any(g != 1 for g in guidances) and "--guide" not in others:
+        raise ValueError(f"--guidance {options.guidance}: needs a guide; add --guide FILE, or --guide self")
+    config = run / "config.yaml"
+    kind = options.kind or (read_yaml(config).get("cluster", {}).get("kind", "local") if config.is_file() else "local")
+    metrics = options.metric.split(",")
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ValueError(f"--metric {metric}: known are {', '.join(METRICS)}")
+    if metrics == ["loss"] and guidances != [1]:
+        raise ValueError(
+            f"--guidance {options.guidance}: the loss is not guided; add a metric of drawn images, --metric latent"
         )
-        metrics = options.metric.split(",")
-        for metric in metrics:
-            if metric not in METRICS:
-                raise ValueError(f"--metric {metric}: known are {', '.join(METRICS)}")
-        if metrics == ["loss"] and guidances != [1]:
-            raise ValueError(
-                f"--guidance {options.guidance}: the loss is not guided; add a metric of drawn images, --metric latent"
-            )
-        if options.parallel < 1:
-            raise ValueError(f"--parallel {options.parallel}: must be at least 1")
-        if options.after:
-            words = _without(sys.argv[1:] if argv is None else argv, options)
-            job_id = sweep_array.submit_later(run, words, slurm.after(options.after))
-            print(
-                f"submitted Slurm job {job_id}: the sweep as one job; log: {shown(run / 'logs' / 'sweep')}/{job_id}_0_log.out"
-            )
-            return 0
-        sweep = Sweep(run, clock, metrics, others, options.max_error, kind, options.parallel)
-        sweep.measure(lengths, guidances)
-        rows = sweep.rows(lengths, guidances)
-        for probe in refine(sweep, lengths, guidances, options.refine) if options.refine else []:
-            rows += [row for g in guidances if sweep.result(probe, g).is_file() for row in sweep.rows([probe], [g])]
-        rows.sort(key=lambda row: (row["guidance"], row["sigma_rel"]))
-        print("\n".join(write_results(sweep, rows, options.keep)))
-    except (ValueError, OSError, subprocess.SubprocessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    if options.parallel < 1:
+        raise ValueError(f"--parallel {options.parallel}: must be at least 1")
+    if options.after:
+        words = _without(sys.argv[1:] if argv is None else argv, options)
+        job_id = sweep_array.submit_later(run, words, slurm.after(options.after))
+        print(
+            f"submitted Slurm job {job_id}: the sweep as one job; log: {shown(run / 'logs' / 'sweep')}/{job_id}_0_log.out"
+        )
+        return 0
+    sweep = Sweep(run, clock, metrics, others, options.max_error, kind, options.parallel)
+    sweep.measure(lengths, guidances)
+    rows = sweep.rows(lengths, guidances)
+    for probe in refine(sweep, lengths, guidances, options.refine) if options.refine else []:
+        rows += [row for g in guidances if sweep.result(probe, g).is_file() for row in sweep.rows([probe], [g])]
+    rows.sort(key=lambda row: (row["guidance"], row["sigma_rel"]))
+    print("\n".join(write_results(sweep, rows, options.keep)))
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import durable, index, manifest, mds, wds
+from data_pipeline.command import command_line
 from data_pipeline.manifest import Manifest
 from data_pipeline.measure import Statistics
 
@@ -80,17 +81,14 @@ def adopt(
         return made
 
 
+@command_line()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.adopt", description="Index foreign shards in place.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--codec", required=True, help="what made the samples: pixels, sd-vae-ft-mse, ...")
     parser.add_argument("--label-dim", type=int, help="number of classes, where the shards do not show all of them")
     args = parser.parse_args(argv)
-    try:
-        made = adopt(args.folder, args.codec, args.label_dim)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    made = adopt(args.folder, args.codec, args.label_dim)
     print(
         f"{args.folder}: {made.num_samples} samples {made.dtype} {list(made.shape)} in {len(made.shards)} {made.container} shards"
     )

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from data_pipeline import adopt, convert, manifest, mds, order, wds
+from data_pipeline.command import command_line
 from data_pipeline.manifest import Manifest, Shard
 
 SHAPE = (8, 64, 64)
@@ -229,6 +230,7 @@ def rows(samples: int = 4096, rounds: int = 9, folder=None) -> list[str]:
     return lines
 
 
+@command_line()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.benchmark", description="How fast batches are read.")
     parser.add_argument(
@@ -237,13 +239,9 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="where the data is made, instead of the usual temporary folder")
     args = parser.parse_args(argv)
-    try:
-        if args.samples < PER_SHARD or args.samples % PER_SHARD or args.rounds < 1:
-            raise ValueError(f"--samples {args.samples} must be a multiple of {PER_SHARD}, --rounds at least 1")
-        print("\n".join(rows(args.samples, args.rounds, args.folder)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.samples < PER_SHARD or args.samples % PER_SHARD or args.rounds < 1:
+        raise ValueError(f"--samples {args.samples} must be a multiple of {PER_SHARD}, --rounds at least 1")
+    print("\n".join(rows(args.samples, args.rounds, args.folder)))
     return 0
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline import adopt, durable, index, manifest, mds, npy, order, records, sources, wds
+from data_pipeline.command import command_line
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.measure import Statistics
 from data_pipeline.npy import Layout
@@ -271,6 +272,7 @@ def write_zip(source: Input, path: Path) -> int:
     return len(hashes)
 
 
+@command_line()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.convert", description="Convert between containers.")
     parser.add_argument("source", type=Path, help="a folder of shards, or an EDM2 zip")
@@ -284,27 +286,21 @@ def main(argv=None) -> int:
     parser.add_argument("--label-dim", type=int, help="number of classes, where the source does not show all of them")
     parser.add_argument("--keep-order", action="store_true", help="do not mix a zip's samples over the shards")
     args = parser.parse_args(argv)
-    try:
-        if args.samples_per_shard < 1:
-            raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
-        if args.source.is_file():
-            source = open_zip(args.source, args.codec, args.samples_per_shard, not args.keep_order)
-        elif args.source.is_dir():
-            source = open_shards(args.source, args.codec)
-        else:
-            raise ValueError(f"{args.source} not found; give a folder of shards or an EDM2 zip")
-        if args.format == "edm2-zip":
-            if args.dtype == "float16":
-                raise ValueError("--dtype float16 does not go with edm2-zip, which holds float32; leave it out")
-            print(f"{args.target}: {write_zip(source, args.target)} samples")
-        else:
-            made = write_folder(source, args.target, args.format, args.dtype, args.label_dim)
-            print(
-                f"{args.target}: {made.num_samples} samples {made.dtype} {list(made.shape)} in {len(made.shards)} shards"
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.samples_per_shard < 1:
+        raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
+    if args.source.is_file():
+        source = open_zip(args.source, args.codec, args.samples_per_shard, not args.keep_order)
+    elif args.source.is_dir():
+        source = open_shards(args.source, args.codec)
+    else:
+        raise ValueError(f"{args.source} not found; give a folder of shards or an EDM2 zip")
+    if args.format == "edm2-zip":
+        if args.dtype == "float16":
+            raise ValueError("--dtype float16 does not go with edm2-zip, which holds float32; leave it out")
+        print(f"{args.target}: {write_zip(source, args.target)} samples")
+    else:
+        made = write_folder(source, args.target, args.format, args.dtype, args.label_dim)
+        print(f"{args.target}: {made.num_samples} samples {made.dtype} {list(made.shape)} in {len(made.shards)} shards")
     return 0
 
 

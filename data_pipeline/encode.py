@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import durable, index, manifest, order, records, sources
+from data_pipeline.command import command_line
 from data_pipeline.manifest import Shard
 from data_pipeline.measure import Statistics
 from data_pipeline.npy import Layout
@@ -226,6 +227,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+@command_line("the same command goes on from here")
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.encode", description="Turn images into shards.")
     parser.add_argument(
@@ -249,22 +251,18 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--part", type=_part, default=(0, 1), help="I/N: make every N-th shard, for a job array")
     args = parser.parse_args(argv)
-    try:
-        from data_pipeline import codecs
+    from data_pipeline import codecs
 
-        if args.samples_per_shard < 1:
-            raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
-        if args.plan:
-            print(json.dumps(plan(args.source, args.labels, args.codec, args.codec_weights, args.samples_per_shard)))
-            return 0
-        codec = codecs.open_codec(args.codec, args.codec_weights, args.device, args.dtype)
-        images = sources.open_images(args.source, args.labels)
-        shuffle = not args.keep_order and not isinstance(images, sources.Digits)  # those are mixed as they come
-        settings = args.samples_per_shard, args.resolution, args.on_broken, args.label_dim
-        encode(Job(images, codec, *settings, shuffle), args.folder, args.part)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.samples_per_shard < 1:
+        raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
+    if args.plan:
+        print(json.dumps(plan(args.source, args.labels, args.codec, args.codec_weights, args.samples_per_shard)))
+        return 0
+    codec = codecs.open_codec(args.codec, args.codec_weights, args.device, args.dtype)
+    images = sources.open_images(args.source, args.labels)
+    shuffle = not args.keep_order and not isinstance(images, sources.Digits)  # those are mixed as they come
+    settings = args.samples_per_shard, args.resolution, args.on_broken, args.label_dim
+    encode(Job(images, codec, *settings, shuffle), args.folder, args.part)
     return 0
 
 

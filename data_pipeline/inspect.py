@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import manifest
+from data_pipeline.command import command_line
 from data_pipeline.manifest import Manifest
 
 
@@ -60,6 +61,7 @@ def draw_grid(path, count: int, columns: int, seed: int, weights=None, false_col
     return Image.fromarray(grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)), batch.labels.tolist()
 
 
+@command_line()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.inspect", description="Look at a dataset.")
     parser.add_argument("folder", type=Path)
@@ -72,23 +74,19 @@ def main(argv=None) -> int:
         "--false-colour", action="store_true", help="draw three channels as they are, without the codec"
     )
     args = parser.parse_args(argv)
-    try:
-        if args.count < 1 or args.columns < 1:
-            raise ValueError(f"--count {args.count} and --columns {args.columns} must be at least 1")
-        print(describe(manifest.load(args.folder)))
-        if args.png:
-            picture, labels = draw_grid(
-                args.folder, args.count, args.columns, args.seed, args.codec_weights, args.false_colour
-            )
-            temporary = args.png.with_name(f".{args.png.name}.{os.getpid()}.tmp")
-            picture.save(temporary, "png")
-            os.replace(temporary, args.png)
-            for start in range(0, len(labels), args.columns):
-                print("labels     ", *labels[start : start + args.columns])
-            print(f"wrote {args.png}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.count < 1 or args.columns < 1:
+        raise ValueError(f"--count {args.count} and --columns {args.columns} must be at least 1")
+    print(describe(manifest.load(args.folder)))
+    if args.png:
+        picture, labels = draw_grid(
+            args.folder, args.count, args.columns, args.seed, args.codec_weights, args.false_colour
+        )
+        temporary = args.png.with_name(f".{args.png.name}.{os.getpid()}.tmp")
+        picture.save(temporary, "png")
+        os.replace(temporary, args.png)
+        for start in range(0, len(labels), args.columns):
+            print("labels     ", *labels[start : start + args.columns])
+        print(f"wrote {args.png}")
     return 0
 
 

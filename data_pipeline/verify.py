@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline import index, manifest, wds
+from data_pipeline.command import command_line
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.progress import Progress
 
@@ -67,6 +68,7 @@ def verify(path, quick: bool = False) -> list[tuple[str, str]]:
     return bad
 
 
+@command_line()
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.verify", description="Check a dataset against its manifest."
@@ -74,12 +76,8 @@ def main(argv=None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quick", action="store_true", help="file sizes and indices only")
     args = parser.parse_args(argv)
-    try:
-        m = manifest.load(args.folder)
-        bad = verify(args.folder, args.quick)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    m = manifest.load(args.folder)
+    bad = verify(args.folder, args.quick)
     for name, reason in bad:
         print(f"bad: {name}: {reason}")
     if bad:

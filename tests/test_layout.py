@@ -21,6 +21,7 @@ CLUSTER_MAY_IMPORT = {
     "trainer.snapshot_plan",
     "trainer.metrics_table",
     "trainer.ema_profiles",
+    "data_pipeline.command",
     "data_pipeline.durable",
     "data_pipeline.manifest",
 }

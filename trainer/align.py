@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.command import command_line
 from data_pipeline.durable import write_atomically
 from data_pipeline.progress import Progress
 from models import align_steps, sampler
@@ -44,6 +45,7 @@ def table(drawing: Drawing, data: heldout.Data, levels: torch.Tensor, batch: int
     return total
 
 
+@command_line("nothing was written")
 def main(argv=None) -> int:
     """Compute the sampling grid that fits a trained denoiser, from data."""
     parser = argparse.ArgumentParser(prog="python -m trainer.align", description=main.__doc__)
@@ -55,14 +57,7 @@ def main(argv=None) -> int:
     parser.add_argument("--compare", type=int, default=64, help="images drawn to compare with EDM's grid; 0: none")
     add_drawing_options(parser)
     options = parser.parse_args(argv)
-    try:
-        print("\n".join(run(options)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    print("\n".join(run(options)))
     return 0
 
 

@@ -7,6 +7,7 @@ real step of presets on this device (trainer/preset_benchmark.py).
 import argparse
 import sys
 
+from data_pipeline.command import command_line
 from trainer import optimizer_benchmark, preset_benchmark, sampling_benchmark, step_benchmark
 
 # options that mean something with --preset alone
@@ -31,6 +32,7 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value, with --preset: for instance engine.activations=bf16")
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m trainer.benchmark", description=__doc__.splitlines()[0])
@@ -42,14 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     add_preset_options(parser)
     options = parser.parse_intermixed_args(argv)
-    try:
-        return _chosen(options)(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return _chosen(options)(options)
 
 
 def _chosen(options: argparse.Namespace):

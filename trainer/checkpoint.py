@@ -23,6 +23,7 @@ import torch.distributed as dist
 import xxhash
 from safetensors import safe_open
 
+from data_pipeline.command import command_line
 from trainer.config import parse_size
 from trainer.consolidation import consolidate
 from trainer.engine import Engine
@@ -265,6 +266,7 @@ def _check(checkpoint: Path) -> None:
         raise ValueError("; ".join(problems))
 
 
+@command_line()
 def main(argv=None) -> int:
     """List a run's checkpoints, compare their checksums, or write one's weights into one file."""
     parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description=main.__doc__)
@@ -273,28 +275,24 @@ def main(argv=None) -> int:
     parser.add_argument("--consolidate", metavar="OUT", type=Path, help="write the weights to OUT.safetensors")
     parser.add_argument("--at", metavar="IMAGES", help="for --consolidate: another checkpoint than the latest")
     options = parser.parse_args(argv)
-    try:
-        chosen = _choose(options.run, options.at)
-        if options.consolidate:
-            if options.consolidate.suffix != ".safetensors":
-                raise ValueError(f"--consolidate {options.consolidate}: must be a file name that ends in .safetensors")
-            _check(chosen)
-            consolidate(chosen, options.consolidate)
-            print(f"wrote {options.consolidate}: the weights at {int(chosen.name)} images")
-            return 0
-        problems, checkpoints, newest = [], list_checkpoints(options.run), latest(options.run)
-        lost = abandoned(checkpoints)
-        for p in checkpoints:
-            found = verify(p) if options.verify else []
-            problems += found
-            remark = "  <- latest" if p == newest else "  abandoned life" if p in lost else ""
-            remark += "" if not options.verify else "  checksums differ" if found else "  checksums fit"
-            print(_describe(p) + remark)
-        if problems:
-            raise ValueError("; ".join(problems))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    chosen = _choose(options.run, options.at)
+    if options.consolidate:
+        if options.consolidate.suffix != ".safetensors":
+            raise ValueError(f"--consolidate {options.consolidate}: must be a file name that ends in .safetensors")
+        _check(chosen)
+        consolidate(chosen, options.consolidate)
+        print(f"wrote {options.consolidate}: the weights at {int(chosen.name)} images")
+        return 0
+    problems, checkpoints, newest = [], list_checkpoints(options.run), latest(options.run)
+    lost = abandoned(checkpoints)
+    for p in checkpoints:
+        found = verify(p) if options.verify else []
+        problems += found
+        remark = "  <- latest" if p == newest else "  abandoned life" if p in lost else ""
+        remark += "" if not options.verify else "  checksums differ" if found else "  checksums fit"
+        print(_describe(p) + remark)
+    if problems:
+        raise ValueError("; ".join(problems))
     return 0
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.command import command_line
 from trainer import communication, size
 from trainer.communication import RING, Traffic
 from trainer.config import load, to_dict
@@ -149,6 +150,7 @@ def table(facts: dict) -> Table:
     return result
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Measure and print, from rank 0."""
     parser = argparse.ArgumentParser(prog="python -m trainer.comm_bench", description=__doc__.splitlines()[0])
@@ -157,11 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_intermixed_args(argv)
-    try:
-        config = load(options.config, options.overrides)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load(options.config, options.overrides)
     rank, _ = start_process_group()
     facts = bench(config, options.repeats)
     if rank == 0:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipeline.command import command_line
 from data_pipeline.progress import Progress
 from models.noise import sigma_from_uniform
 from trainer import config, draws
@@ -89,6 +90,7 @@ def ratios(found: dict) -> dict:
     return {n: {"ratio": float(v), "error": float(e)} for n, v, e in zip(names, values, errors, strict=True)}
 
 
+@command_line()
 def main(argv=None) -> int:
     """Print the ratios stratified / i.i.d. for a run's newest snapshot on its own data."""
     parser = argparse.ArgumentParser(prog="python -m trainer.draw_variance", description=main.__doc__)
@@ -97,22 +99,18 @@ def main(argv=None) -> int:
     parser.add_argument("--repeats", type=int, default=100, help="batches of each kind (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
-    try:
-        if options.repeats < 20 or options.batch < 1:
-            raise ValueError(f"--repeats {options.repeats}, --batch {options.batch}: must be at least 20 and 1")
-        run = config.load(options.run)
-        network, header = load_denoiser(find_snapshot(options.run), device=options.device)
-        network.requires_grad_(True)
-        examples = Examples(run, torch.device(options.device))
-        result = {"run": header["run"], "clock": header["clock"], "batch": options.batch, "repeats": options.repeats}
-        with Progress("measuring", 4 * options.repeats * options.batch, "images") as progress:
-            for name, uncertainty in (("with uncertainty", True), ("without", False)):
-                found = measure(network, examples, run.seed, options.batch, options.repeats, uncertainty, progress)
-                result[name] = ratios(found) | {"loss_variance_limit": limit(found["iid"]["single"])}
-        print(json.dumps(result))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.repeats < 20 or options.batch < 1:
+        raise ValueError(f"--repeats {options.repeats}, --batch {options.batch}: must be at least 20 and 1")
+    run = config.load(options.run)
+    network, header = load_denoiser(find_snapshot(options.run), device=options.device)
+    network.requires_grad_(True)
+    examples = Examples(run, torch.device(options.device))
+    result = {"run": header["run"], "clock": header["clock"], "batch": options.batch, "repeats": options.repeats}
+    with Progress("measuring", 4 * options.repeats * options.batch, "images") as progress:
+        for name, uncertainty in (("with uncertainty", True), ("without", False)):
+            found = measure(network, examples, run.seed, options.batch, options.repeats, uncertainty, progress)
+            result[name] = ratios(found) | {"loss_variance_limit": limit(found["iid"]["single"])}
+    print(json.dumps(result))
     return 0
 
 

@@ -24,6 +24,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from data_pipeline.command import command_line
 from data_pipeline.durable import write_atomically
 from data_pipeline.progress import Progress
 from models.noise import sigma_from_logsnr
@@ -264,34 +265,28 @@ def _check(options: argparse.Namespace) -> list[str]:
     return names
 
 
+@command_line("the same command goes on from here")
 def main(argv=None) -> int:
     """Measure snapshots, or a run's newest one."""
     options = _parser().parse_args(argv)
-    try:
-        names = _check(options)
-        if options.follow:
-            count = evaluations.follow(options.snapshots[0], options)
-            print(f"{count} snapshots evaluated: {options.snapshots[0] / evaluations.FILE}")
-            return 0
-        for path in [find_snapshot(p, options.sigma_rel) for p in options.snapshots]:
-            kept = options.results / f"{path.stem}.json" if options.results else None
-            if kept and kept.is_file():
-                continue
-            made = measure(path, names, options)
-            if kept:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(kept, json.dumps(made).encode())
-            if options.json:
-                print(json.dumps(made), flush=True)
-            else:
-                print(f"{path.name}, {made['origin']['clock']} images, sigma_rel {made['origin']['sigma_rel']:g}")
-                print("\n".join(say(name, result) for name, result in made["metrics"].items()), flush=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    names = _check(options)
+    if options.follow:
+        count = evaluations.follow(options.snapshots[0], options)
+        print(f"{count} snapshots evaluated: {options.snapshots[0] / evaluations.FILE}")
+        return 0
+    for path in [find_snapshot(p, options.sigma_rel) for p in options.snapshots]:
+        kept = options.results / f"{path.stem}.json" if options.results else None
+        if kept and kept.is_file():
+            continue
+        made = measure(path, names, options)
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, json.dumps(made).encode())
+        if options.json:
+            print(json.dumps(made), flush=True)
+        else:
+            print(f"{path.name}, {made['origin']['clock']} images, sigma_rel {made['origin']['sigma_rel']:g}")
+            print("\n".join(say(name, result) for name, result in made["metrics"].items()), flush=True)
     return 0
 
 

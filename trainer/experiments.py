@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from data_pipeline import durable, manifest
+from data_pipeline.command import command_line
 from data_pipeline.progress import Progress
 from trainer import config, state
 from trainer.child import die_with_parent
@@ -206,6 +207,7 @@ def _seeds(text: str) -> list[int]:
         raise ValueError(f"--seeds {text}: must be numbers such as 0,1,2") from None
 
 
+@command_line("the same command goes on from here")
 def main(argv=None) -> int:
     """Train, measure and tabulate an experiment; goes on where it was stopped."""
     parser = argparse.ArgumentParser(prog="python -m trainer.experiments", description=main.__doc__)
@@ -219,41 +221,32 @@ def main(argv=None) -> int:
     parser.add_argument("--runs", type=Path, default=config.ROOT / "runs" / "experiments", help="default %(default)s")
     parser.add_argument("--out", type=Path, help="folder of NAME.csv, NAME.md, NAME.png (default: that of the runs)")
     options = parser.parse_intermixed_args(argv)  # overrides may follow options
-    try:
-        name, experiment = Path(options.experiment).stem, read(options.experiment)
-        arms = options.arms.split(",") if options.arms else list(experiment.arms)
-        baseline = options.baseline or experiment.baseline
-        for key, arm in [("--arms", arm) for arm in arms] + [("--baseline", baseline)]:
-            if arm not in experiment.arms:
-                raise ValueError(f"{key} {arm}: is no arm; they are {', '.join(experiment.arms)}")
-        if baseline not in arms:
-            raise ValueError(
-                f"--arms {options.arms}: leaves out {baseline}; add it, or compare with another --baseline"
-            )
-        experiment = dataclasses.replace(experiment, arms={arm: experiment.arms[arm] for arm in arms})
-        seeds = _seeds(options.seeds) if options.seeds else experiment.seeds
-        runs = options.runs / (experiment.cells_of or name)
-        every = cells(experiment, runs, options.data, seeds, options.overrides)
-        encode_once(every[0].config.data)
-        found = []
-        open_ = [cell for cell in every if not cell.finished()]
-        left = sum(cell.config.duration_images - cell.clock() for cell in open_)
-        with Progress(f"training {len(open_)} of {len(every)} runs", left, "images") as progress:
-            for cell in open_:
-                train(cell, progress)
-        for number, cell in enumerate(every, 1):
-            print(f"measuring {number} of {len(every)}: {cell.arm}, seed {cell.seed}", file=sys.stderr, flush=True)
-            found.append((cell, measure(cell, options.evaluate or experiment.evaluate)))
-        from trainer import experiment_report
+    name, experiment = Path(options.experiment).stem, read(options.experiment)
+    arms = options.arms.split(",") if options.arms else list(experiment.arms)
+    baseline = options.baseline or experiment.baseline
+    for key, arm in [("--arms", arm) for arm in arms] + [("--baseline", baseline)]:
+        if arm not in experiment.arms:
+            raise ValueError(f"{key} {arm}: is no arm; they are {', '.join(experiment.arms)}")
+    if baseline not in arms:
+        raise ValueError(f"--arms {options.arms}: leaves out {baseline}; add it, or compare with another --baseline")
+    experiment = dataclasses.replace(experiment, arms={arm: experiment.arms[arm] for arm in arms})
+    seeds = _seeds(options.seeds) if options.seeds else experiment.seeds
+    runs = options.runs / (experiment.cells_of or name)
+    every = cells(experiment, runs, options.data, seeds, options.overrides)
+    encode_once(every[0].config.data)
+    found = []
+    open_ = [cell for cell in every if not cell.finished()]
+    left = sum(cell.config.duration_images - cell.clock() for cell in open_)
+    with Progress(f"training {len(open_)} of {len(every)} runs", left, "images") as progress:
+        for cell in open_:
+            train(cell, progress)
+    for number, cell in enumerate(every, 1):
+        print(f"measuring {number} of {len(every)}: {cell.arm}, seed {cell.seed}", file=sys.stderr, flush=True)
+        found.append((cell, measure(cell, options.evaluate or experiment.evaluate)))
+    from trainer import experiment_report
 
-        made = experiment_report.write(options.out or runs, name, rows(found), baseline, experiment.plot)
-        print("\n".join(made))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    made = experiment_report.write(options.out or runs, name, rows(found), baseline, experiment.plot)
+    print("\n".join(made))
     return 0
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.command import command_line
 from models.denoiser import build
 from models.edm2 import magnitude_bucket
 from models.magnitude import MPConv
@@ -161,6 +162,7 @@ def table(facts: dict) -> str:
     return "\n".join(lines)
 
 
+@command_line()
 def main(argv=None) -> int:
     """Print parameters, FLOPs and bytes of a configuration."""
     parser = argparse.ArgumentParser(prog="python -m trainer.flops", description=main.__doc__)
@@ -168,11 +170,7 @@ def main(argv=None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_intermixed_args(argv)
-    try:
-        facts = describe(configs.load(options.config, options.overrides))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    facts = describe(configs.load(options.config, options.overrides))
     print(json.dumps(facts) if options.json else table(facts))
     return 0
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from data_pipeline.command import command_line
 from data_pipeline.durable import write_atomically
 from trainer.drawing import Drawing, positions_of
 from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
@@ -95,6 +96,7 @@ def write_folder(
     return len(missing)
 
 
+@command_line()
 def main(argv=None) -> int:
     """Draw images from a snapshot: a PNG grid with a row per class, or (--out FOLDER) one file each."""
     parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=main.__doc__)
@@ -104,26 +106,22 @@ def main(argv=None) -> int:
     parser.add_argument("--per-class", type=int, default=8)
     add_drawing_options(parser)
     options = parser.parse_args(argv)
-    try:
-        if options.per_class < 1:
-            raise ValueError(f"--per-class {options.per_class}: must be at least 1")
-        settings, path = settings_of(options), find_snapshot(options.snapshot, options.sigma_rel)
-        drawing, origin = open_drawing(path, options, settings)
-        _ = drawing.codec  # a missing one is told before anything is drawn
-        classes = parse_classes(options.classes, drawing.label_dim)
-        positions = positions_of(classes, options.per_class, drawing.label_dim)
-        part = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-        if options.out.suffix.lower() != ".png":
-            count = write_folder(drawing, positions, options.out, options.batch, origin, part)
-            print(f"wrote {count} images to {options.out} ({path.name})")
-        elif part[0] == 0:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            parts = [drawing.decode(x) for _, x in drawing.batches(positions, options.batch)]
-            write_atomically(options.out, png_bytes(grid_image(torch.cat(parts), options.per_class), origin))
-            print(f"wrote {options.out}: {len(classes)} rows of {options.per_class} from {path.name}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.per_class < 1:
+        raise ValueError(f"--per-class {options.per_class}: must be at least 1")
+    settings, path = settings_of(options), find_snapshot(options.snapshot, options.sigma_rel)
+    drawing, origin = open_drawing(path, options, settings)
+    _ = drawing.codec  # a missing one is told before anything is drawn
+    classes = parse_classes(options.classes, drawing.label_dim)
+    positions = positions_of(classes, options.per_class, drawing.label_dim)
+    part = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+    if options.out.suffix.lower() != ".png":
+        count = write_folder(drawing, positions, options.out, options.batch, origin, part)
+        print(f"wrote {count} images to {options.out} ({path.name})")
+    elif part[0] == 0:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        parts = [drawing.decode(x) for _, x in drawing.batches(positions, options.batch)]
+        write_atomically(options.out, png_bytes(grid_image(torch.cat(parts), options.per_class), origin))
+        print(f"wrote {options.out}: {len(classes)} rows of {options.per_class} from {path.name}")
     return 0
 
 

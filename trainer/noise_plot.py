@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.command import command_line
 from models.noise import density
 from trainer.config import CONFIGS, read_yaml
 
@@ -19,6 +20,7 @@ PANELS = (
 )
 
 
+@command_line()
 def main(argv=None) -> int:
     """Draw the densities, a panel per family; discrete and polynomial ones by their cdf."""
     parser = argparse.ArgumentParser(prog="python -m trainer.noise_plot", description=main.__doc__)
@@ -27,8 +29,7 @@ def main(argv=None) -> int:
     try:
         import matplotlib
     except ImportError:
-        print("error: matplotlib is not installed; pip install matplotlib", file=sys.stderr)
-        return 2
+        raise ValueError("matplotlib is not installed; pip install -c constraints.txt '.[report]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.command import command_line
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import CONFIGS, load, to_dict
 from trainer.engine import Engine, build_denoiser, start_process_group
@@ -51,6 +52,7 @@ def measure(config, run: Path, repeats: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
+@command_line()
 def main(argv=None) -> int:
     """Print the pauses of the loop against one step."""
     parser = argparse.ArgumentParser(prog="python -m trainer.pauses", description=main.__doc__)
@@ -58,14 +60,10 @@ def main(argv=None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_intermixed_args(argv)
-    try:
-        config = load(options.config, options.overrides)
-        config.global_batch = config.micro_batch  # one process, one micro-batch a step
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(config, Path(folder), options.repeats)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load(options.config, options.overrides)
+    config.global_batch = config.micro_batch  # one process, one micro-batch a step
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(config, Path(folder), options.repeats)
     for name, seconds in found.items():
         what = {"step": "one step", "writing": "writing both, beside the loop"}.get(name, f"pause for a {name}")
         print(f"{what:30s} {1000 * seconds:9.1f} ms  {seconds / found['step']:6.2f} steps")

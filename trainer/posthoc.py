@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from data_pipeline.command import command_line
 from data_pipeline.progress import Progress
 from trainer import ema_profiles, published, series, tensor_file
 from trainer.config import parse_size
@@ -242,42 +243,40 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--sigma-rel and --out say what to rebuild and where to; or ask for advice with --advise")
 
 
+@command_line("nothing was written")
 def main(argv=None) -> int:
     """Rebuild one or many EMA lengths from a run's snapshots, or advise on them."""
     options = _parser().parse_args(argv)
-    try:
-        _check(options)
-        if options.advise:
-            from trainer import advisor  # it imports this module
+    _check(options)
+    if options.advise:
+        from trainer import advisor  # it imports this module
 
-            print("\n".join(advisor.advise(options.run, options)))
-            return 0
-        for line in published.adopt(options.run):
-            print(line)
-        at = None if options.at is None else int(parse_size(options.at))
-        made = plan(list_snapshots(options.run), ema_profiles.parse_range(options.sigma_rel), at)
-        last = made.inputs[-1].clock
-        print(f"{len(made.inputs)} snapshots up to {last} images; reconstructing at {made.target} images")
-        for note in made.notes:
-            print(note)
-        for s, error, rounding in zip(made.sigma_rel, made.errors, made.rounding):
-            print(f"sigma_rel {s:.5f}  predicted error {100 * error:8.4f} %  rounding {100 * rounding:8.4f} %")
-        check_errors(made, options.max_error)
-        paths = output_paths(options.out, made.target, made.sigma_rel)
-        reconstruct(made, paths, options.dtype)
-        for path in paths:
-            print(f"wrote {os.fspath(path)}")
+        print("\n".join(advisor.advise(options.run, options)))
+        return 0
+    try:
+        _rebuild(options)
     except OSError as error:
-        what = error.strerror or str(error)
-        print(f"error: {error.filename or options.out or options.run}: {what}; nothing was written", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+        where, what = error.filename or options.out, error.strerror or str(error)
+        raise ValueError(f"{where}: {what}; nothing was written") from None
     return 0
+
+
+def _rebuild(options: argparse.Namespace) -> None:
+    for line in published.adopt(options.run):
+        print(line)
+    at = None if options.at is None else int(parse_size(options.at))
+    made = plan(list_snapshots(options.run), ema_profiles.parse_range(options.sigma_rel), at)
+    last = made.inputs[-1].clock
+    print(f"{len(made.inputs)} snapshots up to {last} images; reconstructing at {made.target} images")
+    for note in made.notes:
+        print(note)
+    for s, error, rounding in zip(made.sigma_rel, made.errors, made.rounding):
+        print(f"sigma_rel {s:.5f}  predicted error {100 * error:8.4f} %  rounding {100 * rounding:8.4f} %")
+    check_errors(made, options.max_error)
+    paths = output_paths(options.out, made.target, made.sigma_rel)
+    reconstruct(made, paths, options.dtype)
+    for path in paths:
+        print(f"wrote {os.fspath(path)}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.command import command_line
 from models import denoiser
 from trainer import config, posthoc, snapshots, tensor_file
 from trainer.snapshot_writer import file_name
@@ -89,6 +90,7 @@ def measure(folder: Path, model: dict) -> list[dict]:
     ]
 
 
+@command_line()
 def main(argv=None) -> int:
     """Measure how fast 19 EMA lengths come out of 32 snapshots, against plain reading of the same files."""
     parser = argparse.ArgumentParser(prog="python -m trainer.posthoc_benchmark", description=main.__doc__)
@@ -102,8 +104,7 @@ def main(argv=None) -> int:
         model["channels_per_head"] //= 4
     needed, free = (13.5e9 if options.full else 1.2e9), shutil.disk_usage(options.folder or tempfile.gettempdir()).free
     if free < needed:
-        print(f"error: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; name another --folder", file=sys.stderr)
-        return 2
+        raise ValueError(f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed; name another --folder")
     with tempfile.TemporaryDirectory(prefix="evenkeel-posthoc-", dir=options.folder) as folder:
         rows = measure(Path(folder), model)
     if options.json:

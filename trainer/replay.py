@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_pipeline.command import command_line
 from trainer import checkpoint, comparison, provenance, run_log, state
 from trainer.config import Config, digest, load, parse_size
 from trainer.run import Run
@@ -280,6 +281,7 @@ def check_reached(original: Path, config: Config, word: str, at: int) -> None:
         )
 
 
+@command_line("nothing was written", also=(FloatingPointError,))
 def main(argv=None) -> int:
     """Do steps of a run again, and say what comes out otherwise."""
     parser = argparse.ArgumentParser(prog="python -m trainer.replay", description=main.__doc__)
@@ -305,12 +307,6 @@ def main(argv=None) -> int:
         status = replay.go()
         replay.leave()
         return status
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
     finally:
         if scratch is not None:
             shutil.rmtree(scratch.parent, ignore_errors=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.command import command_line
 from data_pipeline.durable import write_atomically
 from trainer import report_figures, run_log
 from trainer.report_figures import SHARED, SINGLE, Subject, draw, sweeps
@@ -239,6 +240,7 @@ def _configuration(subjects: list[Subject]) -> str:
     return f"<h2>Configuration</h2>\n{told}<details><summary>all keys</summary>\n{table(names, rows)}</details>\n"
 
 
+@command_line()
 def main(argv=None) -> int:
     """Write one HTML file of a run, or of several beside each other."""
     parser = argparse.ArgumentParser(prog="python -m trainer.report", description=main.__doc__)
@@ -247,20 +249,16 @@ def main(argv=None) -> int:
         "--out", type=Path, help="FILE.html (default RUN/report.html; of several runs, report.html beside the first)"
     )
     options = parser.parse_args(argv)
-    try:
-        several = len(options.runs) > 1
-        out = options.out or (options.runs[0].resolve().parent if several else options.runs[0]) / "report.html"
-        if out.suffix != ".html":
-            raise ValueError(f"--out {out}: must be a file name that ends in .html")
-        report_figures.canvas()
-        subjects = told_apart([open_run(folder) for folder in options.runs])
-        pictures = Pictures(out.with_suffix(""))
-        text = page(subjects, pictures)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, text.encode(errors="replace"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    several = len(options.runs) > 1
+    out = options.out or (options.runs[0].resolve().parent if several else options.runs[0]) / "report.html"
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out}: must be a file name that ends in .html")
+    report_figures.canvas()
+    subjects = told_apart([open_run(folder) for folder in options.runs])
+    pictures = Pictures(out.with_suffix(""))
+    text = page(subjects, pictures)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, text.encode(errors="replace"))
     print(
         f"wrote {out} ({len(text) / 2**20:.1f} MiB) and {len(pictures.written)} PNGs in {os.path.relpath(pictures.folder)}/"
     )

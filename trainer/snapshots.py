@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from data_pipeline.command import command_line
 from models import denoiser, magnitude, prepared
 from trainer import config, snapshot_plan, state, tensor_file
 from trainer.ema_profiles import parse_range
@@ -144,30 +145,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command_line()
 def main(argv=None) -> int:
     """List a run's snapshots, check or thin them, or price those of a config."""
     options = _parser().parse_args(argv)
-    try:
-        if options.run.suffix in (".yaml", ".yml"):
-            print("\n".join(plan(options.run)))
-            return 0
-        if options.thin:
-            thin(options.run, parse_range(options.thin), options.max_error, options.yes)
-            return 0
-        snapshots = list_snapshots(options.run)
-        if not snapshots:
-            where = options.run / "snapshots"
-            raise ValueError(f"no snapshots in {where}; set snapshots.every_images, or name a run directory")
-        lost = {s.path for s in abandoned(snapshots)}
-        for s in snapshots:
-            if options.verify:
-                verify(s.path)
-            remark = "  abandoned life" if s.path in lost else "  checksums fit" if options.verify else ""
-            size = f"{s.header['dtype']} {s.path.stat().st_size / 2**20:9.1f} MiB"
-            print(f"{s.path.name}  {s.clock:>13,} images  sigma_rel {s.sigma_rel:.3f}  {size}{remark}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.run.suffix in (".yaml", ".yml"):
+        print("\n".join(plan(options.run)))
+        return 0
+    if options.thin:
+        thin(options.run, parse_range(options.thin), options.max_error, options.yes)
+        return 0
+    snapshots = list_snapshots(options.run)
+    if not snapshots:
+        where = options.run / "snapshots"
+        raise ValueError(f"no snapshots in {where}; set snapshots.every_images, or name a run directory")
+    lost = {s.path for s in abandoned(snapshots)}
+    for s in snapshots:
+        if options.verify:
+            verify(s.path)
+        remark = "  abandoned life" if s.path in lost else "  checksums fit" if options.verify else ""
+        size = f"{s.header['dtype']} {s.path.stat().st_size / 2**20:9.1f} MiB"
+        print(f"{s.path.name}  {s.clock:>13,} images  sigma_rel {s.sigma_rel:.3f}  {size}{remark}")
     return 0
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from cluster.monitoring.panels import BOARDS, Board, Panel
+from data_pipeline.command import command_line
 
 FOLDER = Path(__file__).resolve().parent / "grafana" / "dashboards"
 COLUMNS, HEIGHT = 2, 8  # Grafana's grid is 24 wide
@@ -78,6 +79,7 @@ def _without_empty(value):
     return [_without_empty(v) for v in value] if isinstance(value, list) else value
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Write the files and print their names."""
     parser = argparse.ArgumentParser(
@@ -87,11 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         texts = {FOLDER / f"{board.uid}.json": render(board) for board in BOARDS}
     except ImportError as error:
-        print(
-            f"error: {error}: dashboards are written with grafana-foundation-sdk; pip install '.[test]'",
-            file=sys.stderr,
-        )
-        return 2
+        raise ValueError(
+            f"{error}: dashboards are written with grafana-foundation-sdk; pip install '.[test]'"
+        ) from None
     for path, text in texts.items():
         path.write_text(text)
         print(path)

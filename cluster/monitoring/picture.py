@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 from cluster.monitoring.panels import BOARDS, Board, Panel
+from data_pipeline.command import command_line
 
 POINTS = 200  # of a curve
 COLUMNS, PANEL_INCHES, DPI = 3, (4.6, 2.2), 70
@@ -107,6 +108,7 @@ def _smaller(file: io.BytesIO) -> bytes:
     return small.getvalue()
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Draw one dashboard."""
     parser = argparse.ArgumentParser(prog="python -m cluster.monitoring.picture", description=main.__doc__)
@@ -119,20 +121,15 @@ def main(argv: list[str] | None = None) -> int:
     board, end = next(board for board in BOARDS if board.uid == options.board), time.time()
     try:
         png, number = draw(board, options.prometheus.rstrip("/"), options.run, end - 60 * options.minutes, end)
-        if not number:
-            raise ValueError(f"--run {options.run}: no data in the last {options.minutes:g} minutes; name another run")
-        beside = options.out.with_name(f".{options.out.name}.{os.getpid()}")
-        beside.write_bytes(png)
-        os.replace(beside, options.out)
     except ImportError:
-        print("error: matplotlib is not installed; pip install -c constraints.txt '.[report]'", file=sys.stderr)
-        return 2
+        raise ValueError("matplotlib is not installed; pip install -c constraints.txt '.[report]'") from None
     except urllib.error.URLError as error:
-        print(f"error: --prometheus {options.prometheus}: {error.reason}; start it, or name another", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--prometheus {options.prometheus}: {error.reason}; start it, or name another") from None
+    if not number:
+        raise ValueError(f"--run {options.run}: no data in the last {options.minutes:g} minutes; name another run")
+    beside = options.out.with_name(f".{options.out.name}.{os.getpid()}")
+    beside.write_bytes(png)
+    os.replace(beside, options.out)
     print(f"wrote {options.out}: {number} panels")
     return 0
 

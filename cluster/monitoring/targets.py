@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from cluster.run_directory import write_atomically
+from data_pipeline.command import command_line
 
 STALE_SECONDS = 60.0
 
@@ -30,6 +31,7 @@ def living(folders: list[Path], stale_seconds: float = STALE_SECONDS, remove: bo
     return found
 
 
+@command_line()
 def main(argv: list[str] | None = None) -> int:
     """Write the file, once or for ever; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cluster.monitoring.targets", description=__doc__.splitlines()[0])
@@ -41,11 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for folder in options.folders:
         if not folder.is_dir():
-            print(f"error: {folder}: no such folder; name one that holds runs, such as runs/", file=sys.stderr)
-            return 2
+            raise ValueError(f"{folder}: no such folder; name one that holds runs, such as runs/")
     if options.out.suffix not in (".json", ".yml", ".yaml"):
-        print(f"error: --out {options.out}: Prometheus reads files ending in .json; name it so", file=sys.stderr)
-        return 2
+        raise ValueError(f"--out {options.out}: Prometheus reads files ending in .json; name it so")
     before = None
     while True:
         targets = living(options.folders, options.stale, not options.keep)
@@ -55,10 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             before = targets
         if not options.every:
             return 0
-        try:
-            time.sleep(options.every)
-        except KeyboardInterrupt:
-            return 130
+        time.sleep(options.every)
 
 
 if __name__ == "__main__":
