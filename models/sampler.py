@@ -181,8 +181,11 @@ def _steps(sigmas: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _at(denoise: Denoise, x: Tensor, sigma: Tensor) -> Tensor:
+    level = sigma.item()
+    if hasattr(denoise, "at_level"):  # what guidance does there is decided here, where the level is known
+        denoise = denoise.at_level(level)
     # filled on the device: a copy of the level would wait for all that is under way there
-    return denoise(x, x.new_full((len(x),), sigma.item())).to(x.dtype)
+    return denoise(x, x.new_full((len(x),), level)).to(x.dtype)
 
 
 SOLVERS = {"heun": heun, "euler": euler, "dpm-solver-2m": dpm_solver_2m}
@@ -204,19 +207,24 @@ def guidance(
     Classifier-free guidance where `guide` ignores the labels (Ho & Salimans 2022), autoguidance where it is a weaker version of
     `main` (Karras et al. 2024b). Only evaluations with interval[0] < sigma <= interval[1] are guided (Kynkaanniemi et al. 2024);
     the others, and all at weight 1, cost one evaluation. All samples of a batch must share sigma. `both(x, sigma)` returns
-    (D_main, D_guide) where one call can compute the two.
+    (D_main, D_guide) where one call can compute the two. The solvers, which know each level on the host, ask `at_level(sigma)` of
+    the result for what to evaluate; called by itself it reads the level from the device.
     """
     low, high = interval
     if not low < high:
         raise ValueError(
             f"guidance interval ({low}, {high}]: the lower sigma must be below the upper one; try 0.28 2.90"
         )
-    everywhere = low <= 0 and high == math.inf  # then sigma is not looked at, for which a GPU would be waited for
 
-    def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        if weight == 1 or not (everywhere or low < float(sigma[0]) <= high):
-            return main(x, sigma)
+    def lerped(x: Tensor, sigma: Tensor) -> Tensor:
         denoised, guiding = both(x, sigma) if both else (main(x, sigma), guide(x, sigma))
         return torch.lerp(guiding, denoised, weight)
 
+    def at_level(level: float) -> Denoise:
+        return lerped if weight != 1 and low < level <= high else main
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        return at_level(float(sigma[0]))(x, sigma)
+
+    guided.at_level = at_level
     return guided

@@ -135,7 +135,7 @@ def test_real_images_are_at_distance_zero(run_with_data, tmp_path, monkeypatch):
 
     def draw(self, positions, batch):
         subject = evaluate.Subject(paths[0], self, {})
-        return (([], x) for _, x, _ in evaluate._data(subject, options).batches(batch))
+        return ((where, x) for where, x, _ in evaluate._data(subject, options).batches(batch))
 
     monkeypatch.setattr(Drawing, "batches", draw)
     result = evaluate.measure(paths[0], ["latent"], options)["metrics"]["latent"]

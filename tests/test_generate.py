@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from models import denoiser, magnitude
-from trainer import generate, tensor_file
+from trainer import evaluate, evaluations, features, generate, tensor_file
 from trainer.drawing import Drawing, Settings, positions_of
 from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
-from trainer.snapshots import file_name, load_denoiser
+from trainer.snapshots import Snapshot, file_name, load_denoiser
 
 TINY = {
     **{"family": "edm2", "resolution": 8, "channels": 1, "label_dim": 10, "model_channels": 16, "channel_mult": [1, 2]},
@@ -143,10 +143,30 @@ def test_grid_has_a_row_per_class(snapshot, tmp_path):
     assert np.abs(tile.astype(int) - wanted).max() <= 1
 
 
-def test_a_batch_is_decoded_while_the_next_is_drawn(snapshot, tmp_path, monkeypatch):
+def folder_of(path, out):
+    assert run(path, "--out", out / "folder", "--steps", 2, "--per-class", 1, "--batch", 3) == 0
+    assert len(list((out / "folder").glob("*.png"))) == 10
+
+
+def grid_of(path, out):
+    assert run(path, "--out", out / "grid.png", "--steps", 2, "--per-class", 1, "--batch", 3) == 0
+
+
+def grid_of_a_follower(path, out):
+    evaluations.COLUMNS = 1
+    evaluations._draw(out, Snapshot(path, 64, 0.1, {}), drawing(path), 3)
+
+
+def features_of(path, out):
+    made, extract = drawing(path), features.Features("f", lambda x, decode: decode(x).flatten(1), False)
+    assert len(evaluate._stream(extract, made, made.batches(range(10), 3))[1]) == 10
+
+
+@pytest.mark.parametrize("command", [folder_of, grid_of, grid_of_a_follower, features_of])
+def test_a_batch_is_decoded_while_the_next_is_drawn(snapshot, tmp_path, monkeypatch, command):
     """Each decoding waits here until the batch after it is begun: one after the other, neither would ever go on."""
     begun, late = [threading.Event() for _ in range(4)], []
-    draw, decode, order = Drawing.latents, Drawing.decode, iter(range(4))
+    draw, decode, order = Drawing.latents, Drawing.pictures, iter(range(4))
 
     def drawing_begins(self, positions):
         begun[int(positions[0]) // 3].set()
@@ -158,9 +178,10 @@ def test_a_batch_is_decoded_while_the_next_is_drawn(snapshot, tmp_path, monkeypa
         return decode(self, x)
 
     monkeypatch.setattr(Drawing, "latents", drawing_begins)
-    monkeypatch.setattr(Drawing, "decode", decoding_waits)
-    assert run(snapshot, "--out", tmp_path, "--steps", 2, "--per-class", 1, "--batch", 3) == 0
-    assert not late and len(list(tmp_path.glob("*.png"))) == 10
+    monkeypatch.setattr(Drawing, "pictures", decoding_waits)
+    monkeypatch.setattr(evaluations, "COLUMNS", evaluations.COLUMNS)
+    command(snapshot, tmp_path)
+    assert not late and next(order, None) is None
 
 
 def test_folder_resumes_and_is_shared_between_ranks(snapshot, tmp_path, monkeypatch, capsys):

@@ -117,6 +117,31 @@ def exact(x, start, end):
     return MEAN + (x - MEAN) * math.sqrt((SPREAD**2 + end**2) / (SPREAD**2 + start**2))
 
 
+@pytest.mark.parametrize("solver", ["heun", "churned", "euler", "dpm-solver-2m"])
+def test_an_interval_is_known_without_asking_the_device(solver):
+    """Tensors of the meta device hold no values: whoever reads one raises. The evaluations are those that read the levels."""
+
+    def sample(x):
+        seen = []
+
+        def of(name):
+            def denoise(x, sigma):
+                seen.append((name, float(sigma[0]) if x.device.type == "cpu" else None))
+                return x * 0.5
+
+            return denoise
+
+        guided = sampler.guidance(of("main"), of("guide"), 2.0, (0.19, 1.61))
+        more = {"churn": 4.0, "normal": lambda step: torch.zeros_like(x)} if solver == "churned" else {}
+        sampler.SOLVERS["heun" if more else solver](guided, x, GRID, **more)
+        return seen
+
+    start = torch.ones(2, 1, 1, 1)
+    told, silent = sample(start), sample(start.to("meta"))
+    assert [name for name, _ in told] == [name for name, _ in silent]
+    assert {level for name, level in told if name == "guide"} == {s for _, s in told if 0.19 < s <= 1.61}
+
+
 @pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("euler", 1), ("dpm-solver-2m", 2)])
 def test_order_of_convergence(solver, order):
     x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10

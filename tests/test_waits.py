@@ -1,5 +1,6 @@
 """On a GPU no training step and no evaluation of a sampler waits for the device: torch raises where one would (`pytest -m gpu`)."""
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -43,8 +44,9 @@ def test_a_step(bare, accumulate):
         loop.close()
 
 
+@pytest.mark.parametrize("interval", [(0.0, math.inf), (0.1, 20.0)])
 @pytest.mark.parametrize("solver", list(sampler.SOLVERS))
-def test_an_evaluation(solver):
+def test_an_evaluation(solver, interval):
     options = {
         "resolution": 16,
         "channels": 4,
@@ -60,7 +62,7 @@ def test_an_evaluation(solver):
     def denoise(x, sigma):
         return network(x, sigma, labels)
 
-    guided = sampler.guidance(denoise, denoise, 1.5)
+    guided = sampler.guidance(denoise, denoise, 1.5, interval)
     sampler.SOLVERS[solver](guided, x, sigmas)  # libraries start
     with no_waiting():
         sampler.SOLVERS[solver](guided, x, sigmas)

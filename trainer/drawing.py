@@ -20,6 +20,7 @@ from data_pipeline.progress import Progress
 from models import sampler
 from trainer import draws, trained_range
 from trainer.compilation import compile_forward
+from trainer.overlap import overlapped, to_host
 
 STREAM = "generate"
 
@@ -126,9 +127,17 @@ class Drawing:
 
         return sampler.guidance(main, guide, s.guidance, s.interval, both)
 
+    def pictures(self, x: Tensor) -> Tensor:
+        """Turn samples at training scale into pictures where they are, uint8 [N, 1 or 3, H, W]."""
+        return latents.decode(x, self.data, self.codec)
+
     def decode(self, x: Tensor) -> Tensor:
-        """Turn samples at training scale into pictures on the CPU, uint8 [N, 1 or 3, H, W]."""
-        return latents.decode(x, self.data, self.codec).cpu()
+        """Turn samples at training scale into pictures on the CPU."""
+        return to_host(self.pictures(x))
+
+    def decoded(self, positions: Sequence[int], batch: int) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield (positions, pictures on the CPU) in batches, each decoded while the next is drawn."""
+        return overlapped(lambda part, x: (part, self.decode(x)), self.batches(positions, batch))
 
     def batches(self, positions: Sequence[int], batch: int) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (positions, latents) in batches, with progress; warn once of levels that training never saw."""

@@ -40,6 +40,7 @@ from trainer import (
 )
 from trainer.drawing import Drawing, positions_of
 from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
+from trainer.overlap import overlapped
 
 DATA_IMAGES = 50_000  # as many as published Frechet distances draw
 KEPT_FEATURES = 5000  # of each side, for precision and recall, which are quadratic in them
@@ -61,7 +62,7 @@ def digits(subject: Subject, options: argparse.Namespace) -> dict:
         raise ValueError(f"metric digits: {subject.path.name} draws no 8x8 digits in ten classes; use another --metric")
     read, accuracy = _reader()
     positions = positions_of(range(10), options.per_class, 10)
-    parts = [drawing.decode(x) for _, x in drawing.batches(positions, options.batch)]
+    parts = [pictures for _, pictures in drawing.decoded(positions, options.batch)]
     result = digit_labels.agreement(read, torch.cat(parts).numpy(), np.array(positions) % 10)
     return {"value": result["share"], "better": "high", "reader_accuracy": accuracy, **result}
 
@@ -102,7 +103,7 @@ def frechet_distance(kind: str, subject: Subject, options: argparse.Namespace) -
     else:
         extract = features.from_weights(kind, dict(options.weights).get(kind), drawing.device)
     mean, covariance, identity, real = _reference(kind, extract, subject, options)
-    drawn, rows = _stream(extract, drawing, (x for _, x in drawing.batches(range(options.images), options.batch)))
+    drawn, rows = _stream(extract, drawing, drawing.batches(range(options.images), options.batch))
     if drawn.total.shape != mean.shape:
         raise ValueError(
             f"{options.reference}: {len(mean)} features, {extract.name} has {len(drawn.total)}; give the right file"
@@ -117,10 +118,13 @@ def frechet_distance(kind: str, subject: Subject, options: argparse.Namespace) -
 
 
 def _stream(extract: features.Features, drawing: Drawing, batches) -> tuple[frechet.Statistics, np.ndarray]:
-    """Return statistics of all latents in `batches`, and the features of the first KEPT_FEATURES."""
+    """Return statistics of all latents in `batches` of (positions, latents), and the features of the first KEPT_FEATURES."""
+
+    def of(_, x: torch.Tensor) -> np.ndarray:
+        return extract.of(x, drawing.pictures).double().cpu().numpy()
+
     statistics, kept, count = None, [], 0
-    for x in batches:
-        rows = extract.of(x, drawing.decode).double().cpu().numpy()
+    for rows in overlapped(of, batches):
         statistics = statistics or frechet.Statistics(extract.name, rows.shape[1])
         statistics.add(rows)
         if count < KEPT_FEATURES:
@@ -145,8 +149,8 @@ def _reference(kind: str, extract: features.Features, subject: Subject, options:
 
 
 def _counted(batches, progress: Progress):
-    for _, x, _ in batches:
-        yield x
+    for positions, x, _ in batches:
+        yield positions, x
         progress.advance(len(x))
 
 

@@ -102,7 +102,7 @@ def _draw(run: Path, snapshot: Snapshot, drawing: Drawing, batch: int) -> Path:
     count = min(ROWS, drawing.label_dim) or 1
     classes = [i * drawing.label_dim // count for i in range(count)]
     positions = positions_of(classes, COLUMNS, drawing.label_dim)
-    images = torch.cat([drawing.decode(x) for _, x in drawing.batches(positions, batch)])
+    images = torch.cat([pictures for _, pictures in drawing.decoded(positions, batch)])
     path = run / "samples" / f"grid-{snapshot.clock:010d}-{snapshot.sigma_rel:.3f}.png"
     path.parent.mkdir(exist_ok=True)
     durable.write_atomically(

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from data_pipeline.command import command_line
 from data_pipeline.durable import write_atomically
 from trainer.drawing import Drawing, positions_of
 from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
+from trainer.overlap import overlapped
 
 SMALLEST_TILE_PIXELS = 32  # a digit of 8x8 is enlarged to be seen
 
@@ -85,14 +85,8 @@ def write_folder(
             image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
             write_atomically(file(position), png_bytes(image))
 
-    with ThreadPoolExecutor(1, thread_name_prefix="evenkeel-decode") as beside:  # while the next batch is drawn
-        written = None
-        for where, x in drawing.batches(missing, batch):
-            if written is not None:
-                written.result()  # one batch behind, no more: they hold memory
-            written = beside.submit(write, where, x)
-        if written is not None:
-            written.result()
+    for _ in overlapped(write, drawing.batches(missing, batch)):
+        pass
     return len(missing)
 
 
@@ -119,7 +113,7 @@ def main(argv=None) -> int:
         print(f"wrote {count} images to {options.out} ({path.name})")
     elif part[0] == 0:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        parts = [drawing.decode(x) for _, x in drawing.batches(positions, options.batch)]
+        parts = [pictures for _, pictures in drawing.decoded(positions, options.batch)]
         write_atomically(options.out, png_bytes(grid_image(torch.cat(parts), options.per_class), origin))
         print(f"wrote {options.out}: {len(classes)} rows of {options.per_class} from {path.name}")
     return 0
