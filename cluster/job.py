@@ -241,7 +241,11 @@ class Task:
                 continue
             if status is None and is_alive(peer["pid"]):
                 continue
+            if status is None:  # its last word may have come between the two looks
+                status = read_json(self.control / f"rank{rank}.json").get("status")
             status = KILLED if status is None else status
+            if status == FINISHED:
+                continue
             return rank, status, time.monotonic() + GRACE_SECONDS.get(status, CRASH_GRACE_SECONDS)
         return None
 

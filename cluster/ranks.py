@@ -4,7 +4,9 @@ Imports no torch. Outside of cluster/ nobody reads a SLURM_* variable: the train
 and MASTER_PORT, the names that torchrun uses, so it runs under torchrun by hand as well.
 """
 
+import contextlib
 import os
+import random
 import socket
 from dataclasses import dataclass
 
@@ -57,10 +59,12 @@ def port_of(job_id: str, restarts: int) -> int:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a TCP port of this machine that nobody listens on, and that nobody is given by chance until the ranks meet on it."""
+    for port in random.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + NUM_PORTS), 100):
+        with socket.socket() as s, contextlib.suppress(OSError):  # taken: the next
+            s.bind(("", port))
+            return port
+    raise RuntimeError(f"no free TCP port found from {FIRST_PORT} to {FIRST_PORT + NUM_PORTS}")
 
 
 def environment(place: Place, master_port: int, cpus_per_rank: int) -> dict[str, str]:

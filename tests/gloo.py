@@ -10,7 +10,6 @@ import os
 import pickle
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,11 +25,9 @@ LIBRARIES = ["torch", "safetensors.torch", "deepspeed", "deepspeed.runtime.zero.
 QUIET = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def on_ranks(world: int, function, *args, timeout_seconds: float = 180) -> list:
+def on_ranks(world: int, function, *args, timeout_seconds: float = 600) -> list:
     """Return what `function(*args)` returns on each rank; raise with the first rank's traceback if one raises."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     context = _server()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(r) for r in range(world)]
@@ -58,6 +55,13 @@ def on_ranks(world: int, function, *args, timeout_seconds: float = 180) -> list:
     failures = sorted((value for ok, value in results if not ok), key=lambda text: "left no result" in text)
     assert not failures, failures[0]
     return [value for _, value in results]
+
+
+def free_port() -> int:
+    """Return a port on which ranks may meet."""
+    from cluster import ranks  # machines with GPUs may lack what it imports
+
+    return ranks.free_port()
 
 
 @functools.cache
@@ -133,9 +137,7 @@ class Ranks:
     """`python -m trainer.train ARGS` on `world` real ranks, each with its own log; `fork`: without the seconds of importing."""
 
     def __init__(self, world: int, folder: Path, *args: str, fork: bool = True):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{r}-{time.time_ns()}.log" for r in range(world)]
         shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
@@ -153,7 +155,7 @@ class Ranks:
                     subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
                 )
 
-    def wait(self, timeout_seconds: float = 120) -> list[int]:
+    def wait(self, timeout_seconds: float = 400) -> list[int]:
         """Return the exit statuses; kill what is left after the time limit."""
         deadline = time.monotonic() + timeout_seconds
         try:

@@ -106,7 +106,7 @@ class SlurmMachine:
         self._call("slurmctld", "-c", "-i")
         for node in self.nodes:
             self.start_node(node)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             idle = self.call("sinfo", "-h", "-N", "-p", "train", "-t", "idle", "-o", "%N").split()
             if len(idle) == len(self.nodes):
@@ -127,7 +127,7 @@ class SlurmMachine:
         """Replace the daemon of an idle node."""
         self.kill_node(node)
         self.start_node(node, hide)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while time.monotonic() < end and node not in self.call("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split():
             time.sleep(0.2)
 
@@ -155,11 +155,11 @@ class SlurmMachine:
 
     def call(self, *command: str) -> str:
         """Run a client command in the cluster; return its output, '' when it fails."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=180)
         return done.stdout if done.returncode == 0 else ""
 
     def _call(self, *command: str) -> None:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=180)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
 

@@ -1,9 +1,11 @@
 """A checkout with the true cluster/ and config, and a stand-in trainer that behaves as told: what tests of cluster/ submit.
 
 Everything else is real: submit.py as a process, submitit, the tasks, signals. The stand-in keeps the two words that trainer and
-cluster share (exit status, state.json) and is told what to do by the variable BEHAVE, a JSON object.
+cluster share (exit status, state.json) and is told what to do by the variable BEHAVE, a JSON object. What a test does to a living
+run it does while that holds ("hold"): a run that goes on might have ended first.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_SECONDS = 180.0  # for what takes a second on an idle machine: a busy one is no failure
 
 CONFIG = """\
 run: runs/small
@@ -26,7 +29,7 @@ cluster: {kind: local, ranks_per_node: 2}
 """
 
 TRAINER = """
-import json, os, signal, sys, time
+import json, math, os, signal, sys, time
 from pathlib import Path
 
 behave = json.loads(os.environ.get("BEHAVE", "{}"))
@@ -69,6 +72,8 @@ while clock < config.duration_images:
     if rank == 0:
         with open(run / "metrics.jsonl", "a") as f:
             f.write(json.dumps({"evenkeel_images_seen": clock, "evenkeel_images_per_second": 400.0, "evenkeel_loss": 0.5}) + "\\n")
+    while life == 1 and clock >= behave.get("hold", math.inf) and not asked and not (run / ".release").exists():
+        time.sleep(0.02)
     for wrong in behave.get("wrongs", []):
         if life in wrong["lives"] and clock == wrong["clock"] and rank in wrong.get("ranks", [0, 1]):
             if wrong.get("save"):
@@ -140,11 +145,24 @@ def submit(
 ) -> tuple[int, str, str]:
     """Run submit.py to its end; return its exit status, output and errors."""
     process = start(root, *words, behave={"step_seconds": 0.01, **(behave or {})}, config=config)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, out, err
 
 
-def wait_for(condition, seconds: float = 20.0):
+def held(root: Path, *words: str, behave: dict | None = None, clock: int = 60) -> subprocess.Popen:
+    """Start submit.py, and return when the run's first life holds at this clock: until it is asked to stop, or released."""
+    process = start(root, *words, behave={"step_seconds": 0.01, "hold": clock, **(behave or {})})
+    wait_for(lambda: process.poll() is not None or state(root / "runs/small").get("clock", 0) >= clock)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def release(run: Path) -> None:
+    """Let a run that holds go on."""
+    (run / ".release").touch()
+
+
+def wait_for(condition, seconds: float = PATIENCE_SECONDS):
     """Return the first true value of `condition()`; fail when there is none in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -174,6 +192,17 @@ def processes_of(root: Path) -> list[str]:
         if words and int(path.name) != os.getpid() and (str(root) in words or where.startswith(str(root))):
             found.append(f"{path.name}: {words}")
     return found
+
+
+def check_nothing_left(root: Path) -> None:
+    """Fail where processes of the checkout outlive what was run in it, and end them; one that was killed is gone in an instant."""
+    end = time.monotonic() + 10
+    while (left := processes_of(root)) and time.monotonic() < end:
+        time.sleep(0.05)
+    for line in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(line.split(":")[0]), signal.SIGKILL)
+    assert not left, "processes left behind"
 
 
 def interrupt(process: subprocess.Popen, number: int = signal.SIGINT) -> None:

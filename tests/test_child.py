@@ -3,15 +3,15 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
+from tests.small_checkout import wait_for
 from trainer import child
 from trainer.config import ROOT
 
 STARTS = "import sys; from trainer import child; child.run(sys.argv[1:])"
-TELLS = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); time.sleep(100)"
+TELLS = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); time.sleep(300)"
 
 
 def alive(pid: int) -> bool:
@@ -34,11 +34,7 @@ def test_it_ends_with_its_parent(sent, tmp_path):
     parent = subprocess.Popen(
         [sys.executable, "-c", STARTS, sys.executable, "-c", TELLS, str(told)], cwd=ROOT, stderr=subprocess.DEVNULL
     )
-    while not (told.exists() and told.read_text().endswith("\n")):
-        time.sleep(0.02)
-    started = time.monotonic()
+    wait_for(lambda: told.exists() and told.read_text().endswith("\n"))
     parent.send_signal(sent)
-    parent.wait(timeout=20)
-    while alive(int(told.read_text())) and time.monotonic() < started + 5:
-        time.sleep(0.02)
-    assert not alive(int(told.read_text()))
+    parent.wait(timeout=60)
+    wait_for(lambda: not alive(int(told.read_text())), 60)  # it would sleep for longer

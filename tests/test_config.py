@@ -1,9 +1,9 @@
 """A config is a citation; a wrong one costs a second and one line."""
 
 import dataclasses
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -195,12 +195,13 @@ def test_a_missing_file_gets_the_close_names():
         load("configs/edm2_xll.yaml")
 
 
-def test_the_login_node_imports_no_torch_and_waits_less_than_two_seconds():
+def test_the_login_node_imports_no_torch_and_takes_less_than_two_seconds():
     code = "import sys; from trainer.config import load; load('configs/edm2_xl.yaml', ['engine=zero2'])"
     code += "; sys.exit('torch' in sys.modules)"
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
-    assert time.monotonic() - started < 5, "about 0.5 s on an idle core"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of processors: a busy machine must not fail the test
+    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 2, "about 0.5 s"
 
 
 @given(st.integers(1, 2**50))

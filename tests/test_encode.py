@@ -3,11 +3,9 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 
 import numpy as np
@@ -140,23 +138,33 @@ def test_parts_make_the_same_dataset_as_one_job(tmp_path, capsys):
     assert content(tmp_path / "parts") == content(tmp_path / "one")
 
 
+def holds_at(image: int) -> str:
+    """Return an encoder's program that says "now" and holds when it is to decode its n-th image."""
+    return (
+        "import sys; from data_pipeline import encode, sources\n"
+        "real, seen = sources.decode_image, []\n"
+        "def decode_image(file):\n"
+        "    seen.append(file)\n"
+        f"    if len(seen) == {image}: print('now', flush=True); sys.stdin.read()\n"
+        "    return real(file)\n"
+        "sources.decode_image = decode_image; sys.exit(encode.main(sys.argv[1:]))"
+    )
+
+
+def wait_for_hold(process) -> None:
+    while (line := process.stdout.readline()) != "now\n":
+        assert line, "it ended"
+
+
 def test_killed_job_continues_where_it_was(tmp_path):
-    """SIGKILL at any time: the next start makes only what is missing, and the same bytes."""
+    """SIGKILL in the middle of a shard: the next start makes only what is missing, and the same bytes."""
     folder = make_folder(tmp_path / "folder")
     assert run(folder, tmp_path / "one", "--resolution", 8, "--samples-per-shard", 2) == 0
     arguments = [str(folder), str(tmp_path / "killed"), "--resolution", "8", "--samples-per-shard", "2"]
-    slow = (
-        "import sys, time; from data_pipeline import encode, sources\n"
-        "real = sources.decode_image\n"
-        "sources.decode_image = lambda file: (time.sleep(0.1), real(file))[1]\n"
-        "sys.exit(encode.main(sys.argv[1:]))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", slow, *arguments])
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "killed").glob("shard-000001.tar")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holds_at(6), *arguments], **pipes) as process:
+        wait_for_hold(process)
+        process.kill()
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*.tar")}
     assert "shard-000000.tar" in made and not (tmp_path / "killed" / "manifest.json").exists()
     assert run(*arguments) == 0
@@ -171,22 +179,14 @@ def test_three_processes_share_the_work_though_one_is_killed(tmp_path):
     folder = make_folder(tmp_path / "folder")
     arguments = ["--resolution", "8", "--samples-per-shard", "1"]
     assert run(folder, tmp_path / "one", *arguments) == 0
-    slow = (
-        "import sys, time; from data_pipeline import encode, sources\n"
-        "real = sources.decode_image\n"
-        "sources.decode_image = lambda file: (time.sleep(0.3), real(file))[1]\n"
-        "sys.exit(encode.main(sys.argv[1:]))"
-    )
     shared = tmp_path / "shared"
 
-    def start(part):
-        command = [sys.executable, "-c", slow, str(folder), str(shared), *arguments, "--part", f"{part}/3"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    def start(part, code="import sys; from data_pipeline import encode; sys.exit(encode.main(sys.argv[1:]))"):
+        command = [sys.executable, "-c", code, str(folder), str(shared), *arguments, "--part", f"{part}/3"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    parts = [start(part) for part in range(3)]
-    deadline = time.monotonic() + 120
-    while not (shared / "shard-000001.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    parts = [start(0), start(1, holds_at(2)), start(2)]
+    wait_for_hold(parts[1])
     parts[1].kill()
     said = [part.communicate()[0] for part in parts]
     assert [part.returncode for part in parts] == [0, -9, 0]

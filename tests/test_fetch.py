@@ -44,7 +44,7 @@ class Server:
                 if kind == "stalled":
                     self.wfile.write(data[:100])
                     self.wfile.flush()
-                    outer.stop.wait(20)
+                    outer.stop.wait(600)
                 elif status == 200:
                     self.wfile.write(data[: len(data) // 2] if str(kind).startswith("cut") else data)
 
@@ -78,11 +78,15 @@ def server(dataset):
 
 
 def quick(tmp_path, **changes):
-    return {"folder": tmp_path / "cache", "timeout_seconds": 0.3, "pause_seconds": 0.01, "attempts": 3} | changes
+    return {"folder": tmp_path / "cache", "timeout_seconds": 60, "pause_seconds": 0.01, "attempts": 3} | changes
 
 
-def read(server, tmp_path, **options):
-    with wds.open_source(server.url, 3, 1, cache=quick(tmp_path), **options) as source:
+# where something stalls; elsewhere a busy machine would look like it
+SHORT = {"timeout_seconds": 0.3}
+
+
+def read(server, tmp_path, waits=None, **options):
+    with wds.open_source(server.url, 3, 1, cache=quick(tmp_path, **(waits or {})), **options) as source:
         return source.batch(np.arange(2 * N)), source.counters()
 
 
@@ -99,9 +103,10 @@ def test_remote_is_local(dataset, server, tmp_path):
 @pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.idx", "manifest.json"])
 def test_passing_trouble_changes_nothing(dataset, server, tmp_path, kind, name):
     server.trouble[name] = lambda n: kind if n == 1 else None
-    batch, counters = read(server, tmp_path)
+    batch, counters = read(server, tmp_path, SHORT | {"attempts": 20} if kind == "stalled" else None)
     assert torch.equal(batch.stored, dataset[1].stored) and counters["replaced"] == 0
-    assert server.requests.count(name) == 2
+    asked = server.requests.count(name)
+    assert asked == 2 or kind == "stalled" and asked > 2, "once more, unless the machine itself stalled"
 
 
 @pytest.mark.parametrize("kind", ["html", "flipped", "cut without length"])
@@ -114,13 +119,15 @@ def test_a_bad_manifest_is_refused(server, tmp_path, kind):
 @pytest.mark.parametrize("kind", [404, 403, 503, "cut", "stalled", "flipped"])
 def test_lasting_trouble_stops_or_is_replaced_in_bounded_time(server, tmp_path, kind):
     server.trouble["shard-000001.tar"] = lambda n: kind
-    start = time.monotonic()
+    waits, start = SHORT if kind == "stalled" else None, time.monotonic()
     with pytest.raises(ValueError, match=r"shard-000001\.tar") as error:
-        read(server, tmp_path)
-    assert time.monotonic() - start < 15 and "\n" not in str(error.value)
+        read(server, tmp_path, waits)
+    assert time.monotonic() - start < 120 and "\n" not in str(error.value), (
+        "a server that stalls does so for ten minutes"
+    )
     if kind in (404, 403):  # asking again does not help; the read and the fetch ahead each asked
         assert server.requests.count("shard-000001.tar") <= 2
-    batch, counters = read(server, tmp_path, on_bad="replace", max_bad=7)
+    batch, counters = read(server, tmp_path, waits, on_bad="replace", max_bad=7)
     assert len(batch.labels) == 2 * N and counters["quarantined_shards"] == 1
 
 
@@ -231,7 +238,7 @@ def test_other_file_systems_go_through_fsspec(dataset, tmp_path):
 @pytest.mark.parametrize("kind", [503, "cut", "cut without length", "stalled"])
 def test_a_manifest_is_read_from_a_url(dataset, server, monkeypatch, kind):
     """What the login node does: no cache, bounded time, no torch (test_layout.py)."""
-    monkeypatch.setattr(remote.load, "__defaults__", (0.3, 3))
+    monkeypatch.setattr(remote.load, "__defaults__", (0.3, 4))
     expected = manifest.load(dataset[0])
     server.trouble["manifest.json"] = lambda n: kind if n == 1 and kind != "cut without length" else None
     assert manifest.load(server.url) == manifest.load(server.url + "/manifest.json") == expected
@@ -239,7 +246,7 @@ def test_a_manifest_is_read_from_a_url(dataset, server, monkeypatch, kind):
     start = time.monotonic()
     with pytest.raises(ValueError, match="manifest.json") as error:
         manifest.load(server.url)
-    assert "\n" not in str(error.value) and time.monotonic() - start < 4
+    assert "\n" not in str(error.value) and time.monotonic() - start < 120
 
 
 def test_a_manifest_that_is_not_there_names_the_remedy(server):
@@ -269,12 +276,12 @@ def test_a_missing_library_is_one_line(monkeypatch, tmp_path):
 @pytest.mark.extras
 def test_a_stalled_file_system_is_given_up(tmp_path, monkeypatch):
     fsspec = pytest.importorskip("fsspec")
-    monkeypatch.setattr(fsspec, "url_to_fs", lambda *_, **__: time.sleep(5))
-    cache = fetch.Cache("memory://x", **quick(tmp_path, attempts=2))
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda *_, **__: time.sleep(600))
+    cache = fetch.Cache("memory://x", **quick(tmp_path, attempts=2, **SHORT))
     start = time.monotonic()
     with pytest.raises(ValueError, match="no byte for 0.3 s"):
         cache.load_manifest()
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 120
     cache.close()
 
 

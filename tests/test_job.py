@@ -2,12 +2,12 @@
 
 import os
 import signal
-import time
 
 import pytest
 
 from cluster import job, local
 from tests import small_checkout
+from tests.small_checkout import wait_for
 from tests.small_disk import disk, full  # noqa: F401 - disk is a fixture
 
 
@@ -51,6 +51,6 @@ def test_a_stop_that_no_file_can_tell_is_told_by_the_signal(tmp_path, monkeypatc
     attempt.folder.write_text("no folder")
     monkeypatch.setattr(attempt, "ranks", lambda: [{"pid": os.getpid(), "status": None}, {}])
     attempt.stop(signal.SIGUSR2)
-    time.sleep(0.05)
+    wait_for(lambda: got)
     signal.signal(signal.SIGUSR2, before)
     assert got == [signal.SIGUSR2]

@@ -32,7 +32,7 @@ ABSENT = {m.name for m in TABLE if m.present.startswith(("GPU", "network with OD
 
 
 class Scrapes(threading.Thread):
-    """Scrapes every target of a run until it ends; keeps the last answer of each rank."""
+    """Scrapes every target of a run until it ends; keeps the last answer of each rank for every metric."""
 
     def __init__(self, run: Path):
         super().__init__(daemon=True)
@@ -44,11 +44,12 @@ class Scrapes(threading.Thread):
             for path in (self.run_folder / "targets").glob("rank*.json"):
                 try:
                     target = json.loads(path.read_text())[0]
-                    text = urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=1).read().decode()
+                    text = urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=30).read().decode()
                 except (OSError, ValueError):  # it was on its way out
                     continue
                 self.ports.add(target["targets"][0])
-                self.last[target["labels"]["rank"]] = {f.name: f for f in text_string_to_metric_families(text)}
+                families = {f.name: f for f in text_string_to_metric_families(text)}
+                self.last.setdefault(target["labels"]["rank"], {}).update(families)
             time.sleep(0.05)
 
     def end(self):
@@ -115,8 +116,10 @@ def test_figures_agree_with_each_other(first):
         f"phase={p}"
         for p in ["data", "forward", "backward", "communication", "optimizer", "snapshot", "checkpoint", "metrics"]
     }
-    inside = sum(seconds for phase, seconds in phases.items() if phase != "phase=communication")
-    assert 0.5 * line["evenkeel_step_seconds"] < inside < 1.3 * line["evenkeel_step_seconds"]
+    # over the whole run: a busy machine may take a hundredth of a second anywhere
+    inside = sum(sum(line["evenkeel_phase_seconds"].values()) for line in lines(first[0]))
+    inside -= sum(line["evenkeel_phase_seconds"]["phase=communication"] for line in lines(first[0]))
+    assert 0.5 < inside / sum(line["evenkeel_step_seconds"] for line in lines(first[0])) < 1.3
     assert phases["phase=communication"] > 0
     assert line["evenkeel_samples_read_total"] == STEPS * BATCH / 2, "each rank reads its half"
     assert all(value == pytest.approx(1, abs=2e-4) for value in line["evenkeel_layer_weight_rms"].values())
@@ -192,7 +195,7 @@ def test_a_rank_in_a_collective_that_hangs_still_answers_and_shows_since_when(da
         2, run / "logs", str(ROOT / "configs/quickstart.yaml"), *OVERRIDES[:4], "metrics.every_images=64", *words
     )
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not (run / "metrics.jsonl").is_file() or len(lines(run)) < 3:
             assert time.monotonic() < end and all(p.poll() is None for p in ranks.processes), ranks.output()
             time.sleep(0.1)
@@ -201,7 +204,7 @@ def test_a_rank_in_a_collective_that_hangs_still_answers_and_shows_since_when(da
         target = json.loads((run / "targets/rank00000.json").read_text())[0]["targets"][0]
         told = []
         for _ in range(2):
-            text = urllib.request.urlopen(f"http://{target}/metrics", timeout=5).read().decode()
+            text = urllib.request.urlopen(f"http://{target}/metrics", timeout=60).read().decode()
             samples = {s.name: s.value for f in text_string_to_metric_families(text) for s in f.samples if not s.labels}
             told.append((samples["evenkeel_rank_clock_images"], samples["evenkeel_last_step_timestamp_seconds"]))
             time.sleep(1)

@@ -3,12 +3,12 @@
 import json
 import re
 import socket
-import time
 import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.small_checkout import wait_for
 from tests.small_disk import disk, full  # noqa: F401 - disk is a fixture
 from trainer import targets
 from trainer.config import ROOT
@@ -17,7 +17,7 @@ from trainer.metrics_table import TABLE, markdown
 
 
 def scrape(metrics: Metrics):
-    text = urllib.request.urlopen(f"http://{metrics.endpoint}/metrics", timeout=5).read().decode()
+    text = urllib.request.urlopen(f"http://{metrics.endpoint}/metrics", timeout=60).read().decode()
     return {f.name: f for f in text_string_to_metric_families(text)}
 
 
@@ -121,15 +121,22 @@ def test_lines_that_a_full_disk_refused_are_written_whole_when_it_has_space_agai
     assert "lacks its last 1 lines" in capsys.readouterr().err
 
 
-def test_the_heart_goes_on_beating_after_a_full_disk(disk, capsys):  # noqa: F811
+def test_the_heart_goes_on_beating_after_a_full_disk(disk, monkeypatch):  # noqa: F811
+    """Its announcement is lost on a full disk, as to one that was suspended, and written again when there is space."""
+    beats, real = [], targets.write_atomically
+
+    def write(*arguments):
+        beats.append("tried")
+        real(*arguments)
+        beats.append("written")
+
     announced = targets.Target(disk, 0, "127.0.0.1:1", {}, every_seconds=0.05)
+    monkeypatch.setattr(targets, "write_atomically", write)
     with full(disk):
-        announced.path.unlink()
-        (disk / "ballast2").write_bytes(b"x" * 4096)  # what the unlinking freed
-        time.sleep(0.3)
-        (disk / "ballast2").unlink()
-    time.sleep(0.3)
-    assert announced.path.is_file()
+        announced.path.rename(disk / "away")  # frees nothing
+        wait_for(lambda: len(beats) > 2)
+        assert not announced.path.exists() and set(beats) == {"tried"}
+    wait_for(announced.path.is_file)
     announced.withdraw()
 
 
@@ -166,12 +173,10 @@ def test_a_tracker_in_trouble_costs_no_training(disk, capsys):  # noqa: F811
     publish(1)
     with full(disk):
         publish(2)
-        time.sleep(0.2)
-        publish(3)
+        wait_for(lambda: publish(3) or "TensorBoard is behind: [Errno 28]" in capsys.readouterr().err)
     publish(4)
     publish(5)
     metrics.close()
-    assert "TensorBoard is behind: [Errno 28]" in capsys.readouterr().err
     found = EventAccumulator(str(disk / "tensorboard"))
     found.Reload()
     assert [e.step for e in found.Scalars("images_seen")][-1] == 5

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,8 @@ import yaml
 from cluster.monitoring import dashboards, picture, targets
 from cluster.monitoring.panels import BOARDS
 from data_pipeline import encode
-from tests.gloo import ROOT, Ranks
+from tests.gloo import ROOT, Ranks, free_port
+from tests.small_checkout import wait_for
 from trainer.metrics_table import TABLE
 
 FOLDER = ROOT / "cluster" / "monitoring"
@@ -120,7 +120,7 @@ from pathlib import Path
 from trainer.targets import Target
 Target(Path(sys.argv[1]), int(sys.argv[2]), "127.0.0.1:1", {"run": "a", "rank": sys.argv[2]}, every_seconds=0.2)
 print("announced", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -132,13 +132,15 @@ def test_a_rank_that_was_killed_vanishes_and_a_living_one_stays(tmp_path):
         ranks.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
     try:
         assert all(p.stdout.readline() == "announced\n" for p in ranks)
-        collect = [str(tmp_path / "runs"), "--out", str(out), "--stale", "1.5"]
+        collect = [str(tmp_path / "runs"), "--out", str(out), "--stale", "600"]
         assert targets.main(collect) == 0
         assert {t["labels"]["rank"] for t in json.loads(out.read_text())} == {"0", "1"}
         ranks[1].send_signal(signal.SIGKILL)
         ranks[1].wait()
         assert (run / "targets" / "rank00001.json").exists(), "SIGKILL leaves the announcement behind"
-        time.sleep(2)
+        for path in (run / "targets").iterdir():
+            os.utime(path, (time.time() - 1000,) * 2)
+        wait_for(lambda: (run / "targets" / "rank00000.json").stat().st_mtime > time.time() - 500)  # it beats
         assert targets.main(collect) == 0
         assert [t["labels"]["rank"] for t in json.loads(out.read_text())] == ["0"]
         assert [p.name for p in (run / "targets").iterdir()] == ["rank00000.json"]
@@ -157,7 +159,7 @@ def test_rank_0_removes_what_an_earlier_start_left(tmp_path):
         path.write_text("[]")
         os.utime(path, (time.time() - age,) * 2)
     target = Target(tmp_path, 0, "127.0.0.1:1", {"run": "a", "rank": "0"}, every_seconds=0.05)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while (tmp_path / "targets" / "rank00007.json").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert sorted(p.name for p in (tmp_path / "targets").iterdir()) == ["rank00000.json", "rank00008.json"]
@@ -191,9 +193,7 @@ class Prometheus:
         self.targets = folder / "targets" / "evenkeel.json"
         self.targets.parent.mkdir(parents=True)
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{s.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}"]
         self.log = open(folder / "log", "wb")
         self.process = subprocess.Popen(
@@ -206,7 +206,7 @@ class Prometheus:
             return json.load(answer)
 
     def ready(self) -> "Prometheus":
-        end = time.monotonic() + 30
+        end = time.monotonic() + 180
         while True:
             try:
                 self.ask("query", query="1")
@@ -234,7 +234,7 @@ def watched(tmp_path_factory):
         "micro_batch=16",
         "model.model_channels=12",
         "model.channels_per_head=12",
-        "duration_images=32Ki",
+        "duration_images=16Mi",
     ]
     words += [
         "metrics.every_images=128",
@@ -244,7 +244,7 @@ def watched(tmp_path_factory):
     ]
     words += [f"run={folder / 'runs/watched'}", f"data.path={folder / 'digits'}", "cluster.ranks_per_node=2"]
     ranks = Ranks(2, folder / "logs", str(ROOT / "configs/quickstart.yaml"), *words)
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     scraped = 0
     while scraped < 12:  # seconds, scrapes
         assert time.monotonic() < end and all(p.poll() is None for p in ranks.processes), ranks.output()
@@ -314,7 +314,7 @@ def test_rules_evaluate_and_a_killed_run_is_seen_and_then_forgotten(watched):
     assert sorted(s["metric"]["instance"] for s in up) == ["watched/0", "watched/1"], "the same names after a restart"
     ranks.kill()  # SIGKILL: nobody withdraws anything
 
-    def becomes(query: str, count: int, seconds: float = 20):
+    def becomes(query: str, count: int, seconds: float = 180):
         end = time.monotonic() + seconds
         while len(prometheus.ask("query", query=query)["data"]["result"]) != count:
             assert time.monotonic() < end, query
@@ -324,4 +324,4 @@ def test_rules_evaluate_and_a_killed_run_is_seen_and_then_forgotten(watched):
     assert len(list((run / "targets").iterdir())) == 2
     time.sleep(2)
     targets.main([str(run.parent), "--out", str(prometheus.targets), "--stale", "2"])
-    becomes("up", 0, 40)
+    becomes("up", 0)

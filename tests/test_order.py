@@ -92,12 +92,12 @@ def test_quality_of_windows():
 
 def test_an_imagenet_epoch_starts_quickly():
     shard_sizes = [1024] * 1251
-    start = time.perf_counter()
+    start = time.thread_time()  # of the processor: a busy machine must not fail the test
     order.sample_at(3, np.arange(700_000, 702_048), shard_sizes, 16)
-    assert time.perf_counter() - start < 0.5
-    start = time.perf_counter()
+    assert time.thread_time() - start < 0.5
+    start = time.thread_time()
     order.sample_at(3, np.arange(700_000, 702_048), shard_sizes, 1251)
-    assert time.perf_counter() - start < 2  # a full permutation of 1.28 M: 0.2 s on a quiet machine
+    assert time.thread_time() - start < 2  # a full permutation of 1.28 M: 0.2 s
 
 
 def test_the_held_out_part_is_a_function_of_the_number_alone():

@@ -8,7 +8,7 @@ import pytest
 from cluster import points
 from cluster.submit import main
 from tests import small_checkout
-from tests.small_checkout import interrupt, start, state, submit, wait_for
+from tests.small_checkout import PATIENCE_SECONDS, interrupt, start, state, submit, wait_for
 from trainer.config import load
 
 FAIL_ONCE = {"wrongs": [{"lives": [1], "clock": 100, "status": 2}]}
@@ -103,12 +103,12 @@ def test_only_what_failed_or_is_missing_starts_again(root, capsys):
 @pytest.mark.slow
 def test_ctrl_c_ends_the_sweep_and_the_same_command_goes_on(root):
     words = ["--sweep", "seed=1,2"]
-    process = start(root, *words, behave={"step_seconds": 0.1})
+    process = start(root, *words, behave={"hold": 40})
     first, second = (root / f"runs/small-sweep/small_seed={k}" for k in (1, 2))
-    wait_for(lambda: state(first).get("clock", 0) > 0)
+    wait_for(lambda: state(first).get("clock", 0) == 40)
     interrupt(process)
-    assert process.wait(30) == 130 and not second.exists()
-    assert 0 < state(first)["clock"] < 400
+    process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130 and not second.exists() and state(first)["clock"] == 40
     assert submit(root, *words)[0] == 0 and state(first)["attempt"] == 2 and state(second)["clock"] == 400
 
 

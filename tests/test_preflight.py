@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import time
 import pytest
 
 from cluster import job, preflight
+from cluster.ranks import free_port
 from tests import shards
 from tests.small_checkout import CONFIG, ROOT
 from trainer.config import load
@@ -92,16 +92,10 @@ def start(run, rank, world, port):
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def test_two_nodes_meet(run):
     port = free_port()
     ranks = [start(run, rank, 2, port) for rank in range(2)]
-    assert [r.wait(timeout=60) for r in ranks] == [0, 0], [r.stdout.read() for r in ranks]
+    assert [r.wait(timeout=180) for r in ranks] == [0, 0], [r.stdout.read() for r in ranks]
     record = json.loads((run / "control/preflight0.json").read_text())
     assert record["met"] and record["all-reduce between nodes, GB/s"] > 0 and record["host"] == "node0"
 
@@ -112,8 +106,8 @@ def test_a_node_that_never_comes_is_blamed_in_bounded_time(run):
     )
     started = time.monotonic()
     alone = start(run, 0, 2, free_port())
-    assert alone.wait(timeout=60) == preflight.BAD_NODE
-    assert time.monotonic() - started < 40
+    assert alone.wait(timeout=180) == preflight.BAD_NODE
+    assert time.monotonic() - started < 120, "gloo itself would wait for half an hour"
     assert "not there: ranks [1]" in alone.stdout.read()
     assert preflight.bad_nodes(run / "control", ["node0", "node1"]) == {"node1": "did not answer within 5 s"}
 

@@ -205,9 +205,9 @@ def test_ctrl_c_leaves_nothing_behind(sent, status, tmp_path):
         time.sleep(0.1)
     (measuring,) = children(parent.pid)
     parent.send_signal(sent)
-    told = parent.communicate(timeout=30)[1]
+    told = parent.communicate(timeout=180)[1]
     assert parent.returncode == status and "Traceback" not in told
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while alive(measuring) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(measuring) and not list(tmp_path.glob("tmp*"))

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_pipeline import adopt, wds
-from tests.gloo import ROOT, Ranks
+from tests.gloo import ROOT, Ranks, free_port
 from tests.test_resume import BATCH, OVERRIDES, data, wait_for_clock  # noqa: F401
 from trainer import checkpoint, replay, run_log
 
@@ -31,9 +30,7 @@ def train(run: Path, world: int, *more: str, path: Path) -> tuple[list[int], str
 
 def replayed(run: Path, *words, world: int = 1) -> tuple[int, str]:
     """Run the command on real ranks; return its exit status and what rank 0 and all errors said."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     env = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     command = [sys.executable, "-m", "trainer.replay", str(run), *map(str, words)]
     several = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world > 1 else {}
@@ -42,7 +39,7 @@ def replayed(run: Path, *words, world: int = 1) -> tuple[int, str]:
         env_ = env | (several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if several else {})
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=env_, **pipes))
-    said = [p.communicate(timeout=120)[0] for p in processes]
+    said = [p.communicate(timeout=300)[0] for p in processes]
     statuses = {p.returncode for p in processes}
     assert len(statuses) == 1, said
     return statuses.pop(), "".join(said)

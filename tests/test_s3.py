@@ -43,7 +43,7 @@ class Store:
             start_response(f"{kind} No", [("Content-Type", "application/xml")])
             return [f"<?xml version='1.0'?><Error><Code>{ERRORS[kind]}</Code><Message>No.</Message></Error>".encode()]
         if kind == "stalled":
-            self.stop.wait(20)
+            self.stop.wait(600)
         body = b"".join(self.store(environ, start_response))
         if kind == "flipped":
             body = body[:700] + bytes([body[700] ^ 1]) + body[701:]
@@ -84,8 +84,9 @@ def store(bucket):
     return bucket[0]
 
 
-def read(url, tmp_path, **options):
-    cache = {"folder": tmp_path / "cache", "timeout_seconds": 1, "pause_seconds": 0.01, "attempts": 2}
+def read(url, tmp_path, kind=None, **options):
+    seconds = 2 if kind == "stalled" else 60  # elsewhere a busy machine would look like it
+    cache = {"folder": tmp_path / "cache", "timeout_seconds": seconds, "pause_seconds": 0.01, "attempts": 2}
     with wds.open_source(url, 3, 1, cache=cache, **options) as source:
         return source.batch(np.arange(2 * N)), source.counters()
 
@@ -107,7 +108,7 @@ def test_cold_and_warm(bucket, store, tmp_path):
 def test_passing_trouble_changes_nothing(bucket, store, tmp_path, kind):
     _, url, local, _ = bucket
     store.trouble["shard-000001.tar"] = lambda n: kind if n == 1 else None
-    found, _ = read(url, tmp_path)
+    found, _ = read(url, tmp_path, kind)
     assert torch.equal(found.stored, local.stored) and store.reads.count("shard-000001.tar") > 1
 
 
@@ -117,11 +118,11 @@ def test_lasting_trouble_stops_or_is_replaced_in_bounded_time(bucket, store, tmp
     store.trouble["shard-000001.tar"] = lambda n: kind
     start = time.monotonic()
     with pytest.raises(ValueError, match="shard-000001.tar cannot be fetched") as error:
-        read(url, tmp_path)
+        read(url, tmp_path, kind)
     assert "\n" not in str(error.value)
-    batch, counters = read(url, tmp_path, on_bad="replace", max_bad=7)
+    batch, counters = read(url, tmp_path, kind, on_bad="replace", max_bad=7)
     assert len(batch.stored) == 2 * N and (counters["replaced"], counters["quarantined_shards"]) == (14, 1)
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 240
 
 
 def test_what_is_not_there_is_one_line(bucket, store, tmp_path):

@@ -1,13 +1,11 @@
 """Evaluations beside the training: at the lowest priority, caught up at the end, gone with a stop, absent unless asked for."""
 
 import json
-import os
-import signal
 
 import pytest
 
 from tests import small_checkout
-from tests.small_checkout import interrupt, processes_of, start, state, submit, wait_for
+from tests.small_checkout import PATIENCE_SECONDS, held, interrupt, submit, wait_for
 
 # looks at nothing, but ends as the real one does: when the run has finished, and later than it
 EVALUATE = """
@@ -26,10 +24,7 @@ def root(tmp_path):
     root = small_checkout.make(tmp_path)
     (root / "trainer" / "evaluate.py").write_text(EVALUATE)
     yield root
-    left = processes_of(root)
-    for line in left:
-        os.kill(int(line.split(":")[0]), signal.SIGKILL)
-    assert not left, "processes left behind"
+    small_checkout.check_nothing_left(root)
 
 
 def test_it_runs_at_the_lowest_priority_and_catches_up(root):
@@ -42,10 +37,10 @@ def test_it_runs_at_the_lowest_priority_and_catches_up(root):
 
 def test_it_goes_with_a_stop_and_is_absent_unless_asked_for(root):
     run = root / "runs" / "small"
-    process = start(root, "cluster.evaluate_snapshots=true")
-    wait_for(lambda: state(run).get("clock", 0) > 100 and (run / "evaluations.jsonl").exists())
+    process = held(root, "cluster.evaluate_snapshots=true")
+    wait_for((run / "evaluations.jsonl").exists)
     interrupt(process)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130 and not (run / "caught_up").exists()
     (run / "evaluations.jsonl").unlink()
     status, _, _ = submit(root, "cluster.evaluate_snapshots=false")

@@ -1,5 +1,6 @@
 """RUN/state.json is whole or absent, says what is wrong with it, and its loss does not confuse the lives of a run."""
 
+import itertools
 import json
 import subprocess
 import threading
@@ -100,14 +101,26 @@ def test_a_start_waits_for_the_one_before_to_end_and_for_no_stranger(tmp_path, c
         run.write(status="running", clock=7, pid=other.pid, born=state._born(other.pid))
         state.await_predecessor(tmp_path, 0.5)  # gives no sign of life
         assert f"pid {other.pid} and does nothing" in capsys.readouterr().err
-        writes = threading.Timer(0.5, lambda: run.write(clock=8))
-        writes.start()
-        with pytest.raises(ValueError, match=f"is being trained by pid {other.pid}"):
-            state.await_predecessor(tmp_path, 60)
-        threading.Timer(0.5, other.kill).start()
+        ended = threading.Event()
+
+        def train():
+            for clock in itertools.count(8):
+                run.write(clock=clock)
+                if ended.wait(0.1):
+                    return
+
+        training = threading.Thread(target=train)
+        training.start()
+        try:
+            with pytest.raises(ValueError, match=f"is being trained by pid {other.pid}"):
+                state.await_predecessor(tmp_path, 60)
+        finally:
+            ended.set()
+            training.join()
         begun = time.monotonic()
+        threading.Timer(0.5, other.kill).start()
         state.await_predecessor(tmp_path, 60)
-        assert 0.3 < time.monotonic() - begun < 30
+        assert 0.5 <= time.monotonic() - begun < 60
     with subprocess.Popen(["sleep", "60"]) as stranger:  # has the pid that the run's trainer had
         run.write(pid=stranger.pid)
         state.await_predecessor(tmp_path, 60)

@@ -74,11 +74,11 @@ def test_a_short_epoch_is_an_error(dataset, damage):
 
 def test_a_stalled_source_is_given_up(dataset):
     folder, _ = dataset
-    with stock.StockWebDataset(folder, 3, shards=["pipe:sleep 3"], timeout_seconds=0.3) as source:
+    with stock.StockWebDataset(folder, 3, shards=["pipe:sleep 60"], timeout_seconds=0.3) as source:
         start = time.monotonic()
         with pytest.raises(ValueError, match="brought nothing for 0.3 s"):
             source.batch(np.arange(4))
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 30
 
 
 @pytest.mark.extras

@@ -27,7 +27,9 @@ def root(tmp_path):
 
 def run_in_repository(*words, cwd=ROOT, **variables):
     command = [sys.executable, str(ROOT / "cluster/submit.py"), *words]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_ours_wins_over_foreign_packages(root, tmp_path):
         env={**os.environ, "PYTHONPATH": str(foreign)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     assert f"{root}/runs/small/code/trainer/train.py" in (root / "runs/small/logs/0001_rank0.log").read_text()
