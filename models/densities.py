@@ -28,14 +28,18 @@ class Density:
         raise NotImplementedError
 
     def icdf(self, probability: Tensor) -> Tensor:
-        """Return the logSNR below which lies `probability`, in [0, 1]."""
+        """Return the logSNR below which lies `probability`; nan outside [0, 1]."""
         probability = float64(probability)
-        return self.quantile(probability, 1 - probability)
+        return _nan_outside(probability, self.quantile(probability, 1 - probability))
 
     def isf(self, probability: Tensor) -> Tensor:
-        """Return the logSNR above which lies `probability`, in [0, 1]."""
+        """Return the logSNR above which lies `probability`; nan outside [0, 1]."""
         probability = float64(probability)
-        return self.quantile(1 - probability, probability)
+        return _nan_outside(probability, self.quantile(1 - probability, probability))
+
+
+def _nan_outside(probability: Tensor, quantile: Tensor) -> Tensor:
+    return torch.where((probability >= 0) & (probability <= 1), quantile, math.nan)
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,15 @@ class Polynomial(Density):
 
     def __init__(self, curve: float, rho: float, sigma_min: float, sigma_max: float, unit: float):
         self.curve, self.rho, self.unit = curve, rho, unit
-        self.start, self.span = sigma_min ** (1 / rho), sigma_max ** (1 / rho) - sigma_min ** (1 / rho)
+        self.start, self.end = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+        self.span = self.end - self.start
         self.low, self.high = 2 * math.log(unit / sigma_max), 2 * math.log(unit / sigma_min)
 
     def _root(self, logsnr: Tensor) -> Tensor:
-        sigma = self.unit * torch.exp(-float64(logsnr).clamp(self.low, self.high) / 2)
-        return sigma ** (1 / self.rho)
+        logsnr = float64(logsnr)
+        root = (self.unit * torch.exp(-logsnr.clamp(self.low, self.high) / 2)) ** (1 / self.rho)
+        # the ends are the ends, whatever rounding says
+        return torch.where(logsnr <= self.low, self.end, torch.where(logsnr >= self.high, self.start, root))
 
     def pdf(self, logsnr: Tensor) -> Tensor:
         """Return the density at `logsnr`: (1/c) v^(1/c - 1) |dv / dlogsnr|, dv / dlogsnr = -sigma^(1/rho) / (2 rho span)."""
@@ -155,7 +162,7 @@ class Polynomial(Density):
 
     def cdf(self, logsnr: Tensor) -> Tensor:
         """Return the probability of a logSNR of at most `logsnr`, 1 - v^(1/c), exact where v is near 1."""
-        rest = (self.start + self.span - self._root(logsnr)) / self.span
+        rest = (self.end - self._root(logsnr)) / self.span
         return -torch.expm1(torch.log1p(-rest.clamp(0, 1)) / self.curve)
 
     def quantile(self, below: Tensor, above: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ class Histogram(Density):
         return torch.ones_like(coordinate)
 
     def _place(self, logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self._coordinate(float64(logsnr).clamp(self.low, self.high)).clamp(self.edges[0], self.edges[-1])
+        logsnr, first, last = float64(logsnr), self.edges[0], self.edges[-1]
+        x = self._coordinate(logsnr.clamp(self.low, self.high)).clamp(first, last)
+        x = torch.where(logsnr <= self.low, first, torch.where(logsnr >= self.high, last, x))  # whatever rounding says
         bin_ = (torch.searchsorted(self.edges, x.contiguous(), right=True) - 1).clamp(0, len(self.mass) - 1)
         return x, bin_, self.mass[bin_] / (self.edges[bin_ + 1] - self.edges[bin_])
 

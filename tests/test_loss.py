@@ -6,8 +6,10 @@ from torch import nn
 
 from models.denoiser import build
 from models.magnitude import normalize_rows_
+from models.preconditioning import PREDICTIONS
 from tests.test_magnitude import SMALL
 from trainer.loss import denoising_loss, drop_labels
+from trainer.noise_checks import HIGHEST, LOWEST
 
 
 class Known(nn.Module):
@@ -105,6 +107,22 @@ def test_dropped_labels_reach_the_network(batch):
         label_uniform=uniform,
     )
     assert known.labels.tolist() == [-1, 1, 2]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_lowest_and_the_highest_level_that_a_config_may_ask_for_are_finite_in_fp32(prediction):
+    torch.manual_seed(0)
+    net = build({**SMALL, "prediction": prediction})
+    normalize_rows_(net)
+    torch.nn.init.constant_(net.unet.out_gain, 1.0)
+    x, sigma = torch.randn(2, 2, 64, 64), torch.tensor([LOWEST, HIGHEST])
+    for weighting in ("edm", "constant", "min_snr", "soft_min_snr", "p2"):
+        net.zero_grad()
+        chosen = {"weighting": weighting, "prediction": prediction}
+        losses, parts = denoising_loss(net, x, None, sigma, torch.randn_like(x), uncertainty=False, weighting=chosen)
+        losses.sum().backward()
+        for found in (losses, parts.weighted, parts.unweighted, *(p.grad for p in net.parameters())):
+            assert torch.isfinite(found).all(), weighting
 
 
 def test_every_parameter_gets_a_gradient():

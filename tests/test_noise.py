@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from models import noise, sampler
 from models.densities import Discrete, Mixture, Polynomial
+from models.learned_densities import Histogram, MonotoneSchedule
 
 NAMES = {
     "lognormal": {"density": "lognormal", "P_mean": -0.4, "P_std": 1.0},
@@ -263,6 +264,31 @@ def test_the_ends_of_the_uniform_give_finite_levels():
             density = noise.density(parameters | more | cut, 0.5)
             sigma = noise.sigma_from_uniform(density, torch.tensor([0.0, 1.0], dtype=torch.float64), 0.5)
             assert torch.isfinite(sigma).all() and (sigma > 0).all()
+
+
+MADE = {
+    "adaptive": lambda: Histogram(torch.tensor([-3.0, -1.0, 0.0, 4.0]), torch.tensor([1.0, 0.0, 3.0])),
+    "learned": lambda: MonotoneSchedule(torch.tensor([0.999, 0.7, 0.65, 0.1, 0.001])),
+    "discrete": lambda: noise.density({"density": "polynomial", "levels": 20}, 0.5),
+    "fastddpm": lambda: noise.density({"density": "fastddpm-uniform"}, 0.5),
+} | {name: lambda n=n: noise.density(n, 0.5) for name, n in NAMES.items()}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_any_shape_any_type_both_ends_and_no_probability_outside_them(name):
+    density = MADE[name]()
+    for f in (density.pdf, density.cdf, density.sf, density.icdf, density.isf):
+        for x in (0.3, [0.1, 0.2], torch.rand(2, 3, 4).mT, torch.zeros(0), torch.tensor([0, 1])):
+            y = f(x)
+            assert y.dtype == torch.float64 and y.shape == torch.as_tensor(x).shape and not y.isnan().any()
+        assert f(torch.tensor(0.3, dtype=torch.float64)).item() == f([0.3]).item()
+    ends = torch.tensor([-math.inf, density.low, density.high, math.inf], dtype=torch.float64)
+    below = 0 if density.levels is None else density.mass[0].item()
+    assert density.cdf(ends).tolist() == pytest.approx([0, below, 1, 1], rel=1e-15, abs=0)  # 0 exactly
+    assert density.sf(ends).tolist() == pytest.approx([1, 1 - below, 0, 0], rel=1e-15, abs=0)
+    assert density.pdf(ends[[0, 3]]).tolist() == [0, 0]
+    for f in (density.icdf, density.isf):
+        assert f(torch.tensor([-1e-9, 1 + 1e-9, math.nan], dtype=torch.float64)).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,10 @@ def test_presets_cost_a_quarter_of_their_edm2(name, other):
         ({"ode": {"steps": 3}}, "model.ode.steps=3: means nothing to the family edm2"),
         ({"family": "unode", "ode": {"mode": "paper"}}, "model.ode.solver=split: .* set model.ode.solver=rk4"),
         ({"family": "unode", "ode": {"adjoint": True}}, "model.ode.adjoint=true: needs a Runge-Kutta solver"),
+        (
+            {"family": "unode", "ode": {"solver": "bosh3", "rtol": 0, "atol": 1e-9}},
+            "rtol=0 and atol=1e-09: .* at least 1e-7",
+        ),
         ({"family": "unode", "label_dim": 10, "ode": {"mode": "released", "solver": "rk4"}}, "model.label_dim=10"),
         ({"family": "unode", "ode": {"speed": 3}}, "model.ode.speed: unknown key"),
     ],

@@ -46,6 +46,11 @@ def _check_ode(model: Model, engine: Engine) -> None:
         raise ValueError(
             "model.ode.adjoint=true: needs a Runge-Kutta solver; set model.ode.solver=rk4, or adjoint=false"
         )
+    if ode.solver in ADAPTIVE and max(ode.rtol, ode.atol) < 1e-7:
+        raise ValueError(
+            f"model.ode.rtol={ode.rtol:g} and atol={ode.atol:g}: no adaptive solver gets there in fp32, one must be at least 1e-7; "
+            f"try 1e-3"
+        )
     if engine.zero_stage == 3 and ode.solver in ADAPTIVE:
         raise ValueError(
             f"model.ode.solver={ode.solver}: ranks would take different numbers of steps, and with engine.zero_stage=3 each step "

@@ -7,16 +7,24 @@ from trainer import curriculum
 from trainer.groups import Config, Noise
 from trainer.typed import parse_size
 
+# What fp32 squares and sums over a sample without overflow, whatever the prediction and the weighting
+LOWEST, HIGHEST = 1e-16, 1e16
+# shape -> beyond which of its own units 2^-33 of it lie, the least mass that a draw may have on either side (trainer/draws.py)
+_REACH = {"normal": 6.34, "laplace": 22.18, "cosine": 44.84, "logistic": 22.87}
+# density -> its shape, centre and scale in logsnr, where no unit is applied yet
+_PLACE = {
+    "lognormal": lambda n: ("normal", -2 * n["P_mean"], 2 * n["P_std"]),
+    "laplace": lambda n: ("laplace", n["mu"], n["b"]),
+    "cosine": lambda n: ("cosine", n["mu"], 1 / n["s"]),
+    "flow": lambda n: ("logistic", n["mu"], 2.0),
+    "logit_normal": lambda n: ("normal", -2 * n["logit_mean"], 2 * n["logit_std"]),
+}
 _WIDTHS = ("P_std", "b", "s", "gamma", "logit_std", "curve", "rho")
 
 
 def check_noise(config: Config) -> None:
     """Raise ValueError for a noise density, a curriculum or a weighting that makes no sense."""
     n = config.noise
-    for f in dataclasses.fields(n):
-        value = getattr(n, f.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"noise.{f.name}={value}: must be finite; leave it out for its default")
     for key in _WIDTHS:
         _above_zero(f"noise.{key}", getattr(n, key))
     if n.levels == 1:
@@ -25,20 +33,21 @@ def check_noise(config: Config) -> None:
     _check_floor(n)
     _check_curriculum(n)
     _check_learning(n)
+    _check_reach(n)
     loss = config.loss
     if loss.weighting not in ("edm", "constant") and loss.uncertainty:
         raise ValueError(
             f"loss.weighting={loss.weighting}: the learned uncertainty divides every weight out; add loss.uncertainty=false"
         )
-    if loss.gamma < 0 or not math.isfinite(loss.gamma):
+    if loss.gamma < 0:
         raise ValueError(f"loss.gamma={loss.gamma}: must be above 0, or 0 for the published value; try 5")
     _above_zero("loss.p2_k", loss.p2_k)
     _above_zero("model.sigma_data", config.model.sigma_data)
 
 
 def _above_zero(key: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key}={value}: must be above 0 and finite; try 1")
+    if not value > 0:
+        raise ValueError(f"{key}={value}: must be above 0; try 1")
 
 
 def _discrete(n: Noise) -> bool:
@@ -65,6 +74,30 @@ def _check_range(n: Noise) -> None:
         low, high = n.sigma_min or 0.002, n.sigma_max or 80.0
         if low >= high:
             raise ValueError(f"noise.sigma_min={low:g}: must be below sigma_max={high:g} (0 stands for 0.002 and 80)")
+
+
+def _check_reach(n: Noise) -> None:
+    """Refuse noise levels that fp32 cannot compute with: of the ends of a range, and of a density that is not cut there."""
+    for key in ("sigma_min", "sigma_max", "floor_sigma_min", "floor_sigma_max"):
+        value = getattr(n, key)
+        if value and not LOWEST <= value <= HIGHEST:
+            raise ValueError(
+                f"noise.{key}={value:g}: must lie between {LOWEST:g} and {HIGHEST:g}, for fp32; try 0.002 or 80"
+            )
+    if n.density not in _PLACE:
+        return
+    plain = dataclasses.asdict(n)
+    for moved in (plain, plain | n.curriculum.to):
+        shape, centre, scale = _PLACE[n.density](moved)
+        reach = _REACH[shape] * scale
+        if not n.sigma_max and (reach - centre) / 2 > math.log(HIGHEST):
+            raise ValueError(
+                f"noise.density={n.density}: as it is set, levels reach beyond {HIGHEST:g}; add noise.sigma_max=80"
+            )
+        if not n.sigma_min and (reach + centre) / 2 > -math.log(LOWEST):
+            raise ValueError(
+                f"noise.density={n.density}: as it is set, levels reach below {LOWEST:g}; add noise.sigma_min=0.002"
+            )
 
 
 def _check_floor(n: Noise) -> None:

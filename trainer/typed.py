@@ -6,6 +6,7 @@ remedy.
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from dataclasses import field
@@ -113,6 +114,8 @@ def _typed(value, kind, key: str):
             number = parse_size(value) if isinstance(value, str) else Decimal(repr(value))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{key}={value}: must be finite; leave it out for its default")
         if kind is float:
             return float(number)
         if number == number.to_integral_value():
