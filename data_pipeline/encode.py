@@ -236,7 +236,7 @@ def main(argv=None) -> int:
     parser.add_argument("folder", type=Path, help="where the shards go")
     parser.add_argument("--codec", default="pixels", help="pixels, sd-vae-ft-mse, taesd or tinyae4")
     parser.add_argument("--codec-weights", help="local weights of the codec")
-    parser.add_argument("--device", default="cpu", help="where the codec runs")
+    parser.add_argument("--device", help="where the codec runs: cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="of stored latents")
     parser.add_argument("--resolution", type=int, help="crop and resize images to this, as EDM2 does")
     parser.add_argument("--samples-per-shard", type=int, default=1024)
@@ -251,14 +251,15 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--part", type=_part, default=(0, 1), help="I/N: make every N-th shard, for a job array")
     args = parser.parse_args(argv)
-    from data_pipeline import codecs
+    from data_pipeline import codecs, devices
 
     if args.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
     if args.plan:
         print(json.dumps(plan(args.source, args.labels, args.codec, args.codec_weights, args.samples_per_shard)))
         return 0
-    codec = codecs.open_codec(args.codec, args.codec_weights, args.device, args.dtype)
+    device = devices.checked(args.device) if args.device else devices.own_device()
+    codec = codecs.open_codec(args.codec, args.codec_weights, device, args.dtype)
     images = sources.open_images(args.source, args.labels)
     shuffle = not args.keep_order and not isinstance(images, sources.Digits)  # those are mixed as they come
     settings = args.samples_per_shard, args.resolution, args.on_broken, args.label_dim

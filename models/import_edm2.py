@@ -187,6 +187,7 @@ def read_pickle(path) -> tuple[dict, dict[str, Tensor]]:
         "format_version": FORMAT_VERSION,
         "kind": "import",
         "model": model,
+        "activations": "fp16" if _mapping(precond.get("_init_kwargs")).get("use_fp16", True) else "fp32",
         "data": data_facts,
         "clock": clock,
         "sigma_rel": sigma_rel,

@@ -225,6 +225,7 @@ def test_broken_images_stop_or_are_listed(tmp_path, capsys):
         (["EMPTY"], "no images"),
         (["FOLDER", "--labels", "EMPTY/nothing.csv"], "nothing.csv"),
         (["FOLDER", "--codec", "tinyae4"], "--codec-weights"),
+        (["FOLDER", "--resolution", "8", "--device", "cuda:99"], "torch sees"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, arguments, words):

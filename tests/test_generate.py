@@ -1,5 +1,6 @@
 """Drawing: image i is a function of (network, seed, i), whatever else is asked for."""
 
+import argparse
 import json
 import math
 import threading
@@ -13,7 +14,7 @@ from PIL import Image
 from models import denoiser, magnitude
 from trainer import evaluate, evaluations, features, generate, tensor_file
 from trainer.drawing import Drawing, Settings, positions_of
-from trainer.drawing_options import add_drawing_options, find_snapshot, open_drawing, settings_of
+from trainer.drawing_options import activations_of, add_drawing_options, find_snapshot, open_drawing, settings_of
 from trainer.snapshots import Snapshot, file_name, load_denoiser
 
 TINY = {
@@ -51,8 +52,6 @@ def snapshot(tmp_path_factory):
 
 def drawing(path, *arguments):
     """Open a drawing as the command does."""
-    import argparse
-
     parser = argparse.ArgumentParser()
     add_drawing_options(parser)
     options = parser.parse_args(["--steps", "4", *arguments])
@@ -203,7 +202,7 @@ def test_folder_resumes_and_is_shared_between_ranks(snapshot, tmp_path, monkeypa
     assert run(snapshot, "--out", tmp_path / "one", *options) == 0
     assert "wrote 1 images" in capsys.readouterr().out
     assert run(snapshot, "--out", tmp_path / "one", *options, "--seed", 1) == 2
-    assert "another network, seed or sampler" in capsys.readouterr().err
+    assert "another network, seed, sampler or type" in capsys.readouterr().err
 
 
 def test_a_run_stands_for_its_newest_snapshot_of_the_nearest_length(tmp_path):
@@ -241,6 +240,9 @@ def test_networks_without_labels_draw_one_row(tmp_path):
         (["--trained-range", "0.7"], "must be a share below 0.5"),
         (["--trained-range", "--sigma-max", "10"], "leave the others out"),
         (["--trained-range", "--grid", "ays-sd15"], "leave the others out"),
+        (["--device", "cuda:99"], "torch sees"),
+        (["--device", "gpu"], "no such device"),
+        (["--device", "meta"], "use cpu or cuda"),
     ],
 )
 def test_bad_input_is_one_line(snapshot, tmp_path, capsys, arguments, expected):
@@ -264,6 +266,33 @@ def test_the_trained_range_begins_where_data_still_show_through(tmp_path, capsys
     usual = Drawing(network, header, Settings(steps=2))
     list(usual.batches([0, 1], 1)) + list(usual.batches([2], 1))
     assert usual.start == 80 and capsys.readouterr().err.count("warning: the grid edm goes from sigma 80 to 0.002") == 1
+
+
+def test_activations_are_those_of_training_on_a_gpu_alone(tmp_path):
+    """By the header; by the run's config where an earlier version wrote the snapshot; what is asked for is what is taken."""
+    run = tmp_path / "run"
+    path, alone = write_network(run), write_network(tmp_path / "a.safetensors")
+
+    def found(device, where=path, asked="auto", **header):
+        return activations_of(argparse.Namespace(device=device, activations=asked), where, header)
+
+    assert found("cuda", activations="bf16") == "bf16" and found("cuda:1", activations="fp16") == "fp16"
+    assert found("cpu", activations="bf16") == "fp32"
+    assert found("cpu", asked="bf16") == "bf16" and found("cuda", asked="fp32", activations="bf16") == "fp32"
+    assert found("cuda") == "fp32"
+    (run / "config.yaml").write_text("engine: {activations: fp16}\n")
+    assert found("cuda") == "fp16" and found("cuda", alone) == "fp32" and found("cuda", activations="bf16") == "bf16"
+    with pytest.raises(SystemExit):
+        drawing(path, "--activations", "half")
+
+
+def test_a_folder_of_other_activations_is_not_gone_on_with(snapshot, tmp_path, capsys):
+    options = ["--out", tmp_path / "f", "--steps", 1, "--per-class", 1]
+    assert run(snapshot, *options) == 0 and "activations" not in json.loads(
+        (tmp_path / "f" / "origin.json").read_text()
+    )
+    assert run(snapshot, *options, "--activations", "bf16") == 2
+    assert "type of activations" in capsys.readouterr().err
 
 
 def test_bad_snapshots_are_one_line(tmp_path, capsys):

@@ -225,6 +225,7 @@ def test_header_says_where_it_comes_from(imported):
         header = json.loads(file.metadata()["evenkeel"])
         names = set(file.keys())
     assert header["kind"] == "import" and header["dtype"] == "fp16" and header["format_version"] == 1
+    assert header["activations"] == "fp16", "what drawing takes by itself on a GPU"
     assert (header["clock"], header["sigma_rel"]) == (1_024_000, 0.05)
     assert header["data"]["codec"] == "sd-vae-ft-mse" and header["data"]["shape"] == [8, 16, 16]
     assert PICKLE.name in header["parent"] and set(header["checksums"]) == names

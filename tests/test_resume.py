@@ -116,7 +116,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_boundary_and_nothing_is_lost(
     stopped_at = state["clock"]
     finish(run, data)
     last = read_header(run / "snapshots" / file_name(STEPS * BATCH, 0.1))
-    assert (last["life"], last["life_start"]) == (2, stopped_at)
+    assert (last["life"], last["life_start"], last["activations"]) == (2, stopped_at, "fp32")
     state = json.loads((run / "state.json").read_text())
     assert (state["status"], state["clock"], state["attempt"]) == ("finished", STEPS * BATCH, 2)
     assert_same(run, undisturbed)

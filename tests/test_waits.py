@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from data_pipeline.devices import own_device
 from models import sampler
 from models.denoiser import build
-from trainer.drawing_options import own_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SMALL = ["model.resolution=16", "model.model_channels=32", "model.channels_per_head=32"]

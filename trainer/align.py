@@ -56,6 +56,8 @@ def main(argv=None) -> int:
     parser.add_argument("--levels", type=int, default=128, help="of the ladder that the grid is chosen from")
     parser.add_argument("--compare", type=int, default=64, help="images drawn to compare with EDM's grid; 0: none")
     add_drawing_options(parser)
+    # it sums squared differences of answers at neighbouring levels: those of 16 bits would be their rounding
+    parser.set_defaults(activations="fp32")
     options = parser.parse_args(argv)
     print("\n".join(run(options)))
     return 0

@@ -4,23 +4,19 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 
+from data_pipeline import devices
 from models import sampler
+from models.denoiser import ACTIVATIONS
+from trainer import config
 from trainer.drawing import Drawing, Settings
 from trainer.snapshots import abandoned, list_snapshots, load_denoiser, read_header
 
+AUTO = "auto"
 DEFAULT_SIGMA_REL = 0.10  # the wider of the two lengths that EDM2 tracks: nearest to the optimum of unguided sampling
-
-
-def own_device() -> str:
-    """Return this rank's GPU (torchrun says which rank it is here), or the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +47,15 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas")
     parser.add_argument("--batch", type=int, default=64, help="images at once; does not change them")
     parser.add_argument("--codec-weights", type=Path, help="of the codec that the snapshot names, where it has some")
-    parser.add_argument("--device", default=own_device())
-    parser.add_argument("--activations", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument(
+        "--device", default=devices.own_device(), help="cpu, cuda, cuda:1 (default: a GPU where there is one)"
+    )
+    parser.add_argument(
+        "--activations",
+        default=AUTO,
+        choices=(AUTO, *ACTIVATIONS),
+        help="auto (default): fp32 on CPUs; on GPUs what the network was trained with, where it tells, else fp32",
+    )
     parser.add_argument(
         "--compile", action="store_true", help="the network: takes a minute or more, pays for hundreds of images"
     )
@@ -98,13 +101,33 @@ def _states_range(options: argparse.Namespace) -> bool:
     return (options.sigma_min, options.sigma_max) != (Settings.sigma_min, Settings.sigma_max)
 
 
+def activations_of(options: argparse.Namespace, path: Path, header: dict) -> str:
+    """Return the type that the options ask for; by themselves on a GPU the one of the network's training.
+
+    Headers say which since it is written there; before, the config of the run directory around the file does.
+    """
+    if options.activations != AUTO:
+        return options.activations
+    if torch.device(options.device).type != "cuda":
+        return "fp32"
+    found = header.get("activations")
+    if found is None:
+        run = next((p for p in path.resolve().parents if (p / "config.yaml").is_file()), None)
+        found = (config.read_yaml(run / "config.yaml").get("engine") or {}).get("activations") if run else None
+    return found if found in ACTIVATIONS else "fp32"
+
+
 def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) -> tuple[Drawing, dict]:
     """Load what the options name; return it with the origin of its images."""
-    network, header = load_denoiser(path, options.activations, options.device)
+    devices.checked(options.device)
+    activations = activations_of(options, path, read_header(path))
+    network, header = load_denoiser(path, activations, options.device)
     guide, origin = None, {"snapshot": path.name, **_identity(header), **dataclasses.asdict(settings)}
+    if activations != "fp32":  # folders of pictures that were begun before it was said go on
+        origin["activations"] = activations
     if options.guide not in (None, "self"):
         guide_path = find_snapshot(Path(options.guide), options.guide_sigma_rel)
-        guide, guide_header = load_denoiser(guide_path, options.activations, options.device)
+        guide, guide_header = load_denoiser(guide_path, activations, options.device)
         for key in ("channels", "resolution"):
             if guide_header["model"][key] != header["model"][key]:
                 raise ValueError(

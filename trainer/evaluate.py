@@ -289,7 +289,10 @@ def main(argv=None) -> int:
         if options.json:
             print(json.dumps(made), flush=True)
         else:
-            print(f"{path.name}, {made['origin']['clock']} images, sigma_rel {made['origin']['sigma_rel']:g}")
+            kind = made["origin"].get("activations", "fp32")
+            print(
+                f"{path.name}, {made['origin']['clock']} images, sigma_rel {made['origin']['sigma_rel']:g}, {kind} activations"
+            )
             print("\n".join(say(name, result) for name, result in made["metrics"].items()), flush=True)
     return 0
 

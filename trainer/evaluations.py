@@ -72,7 +72,7 @@ def follow(run: Path, options: argparse.Namespace) -> int:
 def evaluate(run: Path, snapshot: Snapshot, options: argparse.Namespace, opened: dict) -> dict:
     """Return one snapshot's line; `opened` keeps the data between calls."""
     settings = settings_of(options)
-    drawing, _ = open_drawing(snapshot.path, options, settings)
+    drawing, origin = open_drawing(snapshot.path, options, settings)
     key = json.dumps(vars(drawing.data), sort_keys=True)
     if key not in opened:
         opened[key] = heldout.open_of_run(run, options.data, vars(drawing.data), options.data_images or DATA_IMAGES)
@@ -93,6 +93,7 @@ def evaluate(run: Path, snapshot: Snapshot, options: argparse.Namespace, opened:
         "snapshot": snapshot.path.name,
         "grid": str(_draw(run, snapshot, drawing, options.batch).relative_to(run)) if pictures else None,
         "data": data.name,
+        "activations": origin.get("activations", "fp32"),
         **result,
     }
 

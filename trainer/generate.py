@@ -68,7 +68,9 @@ def write_folder(
     out.mkdir(parents=True, exist_ok=True)
     record = out / "origin.json"
     if record.exists() and json.loads(record.read_text()) != origin:
-        raise ValueError(f"{out}: holds images of another network, seed or sampler; choose another folder")
+        raise ValueError(
+            f"{out}: holds images of another network, seed, sampler or type of activations; choose another folder"
+        )
     write_atomically(record, json.dumps(origin).encode())
 
     def file(position: int) -> Path:

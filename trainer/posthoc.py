@@ -17,6 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from data_pipeline import devices
 from data_pipeline.command import command_line
 from data_pipeline.progress import Progress
 from trainer import ema_profiles, published, series, tensor_file
@@ -222,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         "--keep-error", type=float, default=0.005, help="that deletions may leave (default %(default)s)"
     )
     advice.add_argument("--batch", type=int, default=64)
-    advice.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    advice.add_argument("--device", default=devices.own_device())
     advice.add_argument("--activations", default="fp32", choices=("fp32", "bf16", "fp16"))
     return parser
 
@@ -230,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     """Raise ValueError where options are missing or cannot be."""
     if options.advise:
+        devices.checked(options.device)
         if options.out or options.at:
             raise ValueError(
                 "--advise: takes neither --out nor --at; it reports on the newest snapshot and on earlier ones"

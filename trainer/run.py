@@ -174,6 +174,7 @@ class Run:
         return came_from | {
             "kind": "ema",
             "model": to_dict(config)["model"],
+            "activations": config.engine.activations,
             "noise": to_dict(config)["noise"],
             "data": data,
             "update_interval_images": config.global_batch,
