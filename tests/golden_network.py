@@ -28,8 +28,9 @@ from tests.golden import (
     reference_shapes,
     weights_by_rule,
 )
+from trainer.fragments import whole_fragments
 from trainer.loss import denoising_loss
-from trainer.optimizer import MagnitudeAdam, whole_fragments
+from trainer.optimizer import MagnitudeAdam
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ga: the denoiser

@@ -32,9 +32,10 @@ from tests.golden import (
 )
 from trainer.ema import ShardedEma
 from trainer.ema_profiles import beta, gamma_from_sigma_rel
+from trainer.fragments import whole_fragments
 from trainer.loss import denoising_loss
 from trainer.lr import learning_rate
-from trainer.optimizer import MagnitudeAdam, whole_fragments
+from trainer.optimizer import MagnitudeAdam
 
 
 class Trajectory:

@@ -79,7 +79,8 @@ def build(config):
 def whole_training():
     """One process, no DeepSpeed: (weights, averages) after STEPS steps."""
     from trainer.ema import ShardedEma
-    from trainer.optimizer import MagnitudeAdam, whole_fragments
+    from trainer.fragments import whole_fragments
+    from trainer.optimizer import MagnitudeAdam
 
     config = config_of()
     module = build(config)

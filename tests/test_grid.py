@@ -69,7 +69,8 @@ def two_steps(cases: list) -> list:
 
 def whole_two_steps() -> tuple[float, dict]:
     """One process, fp32, one micro-batch."""
-    from trainer.optimizer import MagnitudeAdam, whole_fragments
+    from trainer.fragments import whole_fragments
+    from trainer.optimizer import MagnitudeAdam
 
     module = build(config_of())
     adam = torch.optim.Adam(module.parameters(), betas=(0.9, 0.99), eps=1e-3, fused=True)

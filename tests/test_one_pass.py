@@ -15,7 +15,8 @@ from tests import test_engine
 from tests.gloo import on_ranks
 from trainer import one_pass
 from trainer.ema import ShardedEma
-from trainer.optimizer import Fragment, MagnitudeAdam
+from trainer.fragments import Fragment
+from trainer.optimizer import MagnitudeAdam
 
 # (rows, row length, first element, last element): whole tensors, and parts that begin and end inside of rows, or lie within one
 TENSORS = [(5, 45, 0, 225), (4, 33, 17, 120), (3, 70, 75, 130), (3, 1700, 0, 5100), (1, 1, 0, 1), (6, 16, 16, 96),

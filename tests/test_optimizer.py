@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from models.magnitude import EPS, MPConv, normalize
 from trainer.ema import ShardedEma
-from trainer.optimizer import Fragment, MagnitudeAdam, RowLayout, whole_fragments
+from trainer.fragments import Fragment, RowLayout, whole_fragments
+from trainer.optimizer import MagnitudeAdam
 from trainer.pages import LARGE, PAGE, SLOT, empty_apart
 
 

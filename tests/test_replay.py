@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_pipeline import adopt, wds
 from tests.gloo import ROOT, Ranks, free_port
 from tests.test_resume import BATCH, OVERRIDES, data, wait_for_clock  # noqa: F401
-from trainer import checkpoint, replay, run_log
+from trainer import checkpoint, replay, run_log, scratch
 
 SMALL = [*OVERRIDES[1:], f"duration_images={10 * BATCH}", "snapshots.every_images=0"]  # checkpoints at 256, 512, 640
 
@@ -202,14 +202,12 @@ def test_errors_are_one_line(at, said, tmp_path, capsys):
 
 
 def test_steps_are_not_done_again_from_what_the_run_went_back_behind(tmp_path):
-    original, scratch = tmp_path / "run", tmp_path / "scratch" / "run"
-    scratch.parent.mkdir()
+    original, copy = tmp_path / "run", tmp_path / "scratch" / "run"
+    copy.parent.mkdir()
     for clock, life, start in ((20, 1, 0), (30, 1, 0), (40, 2, 20)):
         folder = original / f"checkpoints/{clock:010d}"
         folder.mkdir(parents=True)
         manifest = {"clock": clock, "life": life, "header": {"life_start": start}}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    replay.prepare(original, scratch, 35)
-    assert [int(p.name) for p in checkpoint.list_checkpoints(scratch)] == [20], (
-        "30 was abandoned by the life that made 40"
-    )
+    scratch.prepare(original, copy, 35)
+    assert [int(p.name) for p in checkpoint.list_checkpoints(copy)] == [20], "30 was abandoned by the life that made 40"

@@ -11,7 +11,8 @@ from trainer import compilation
 from trainer.config import Config
 from trainer.ema import ShardedEma
 from trainer.engine import device
-from trainer.optimizer import MagnitudeAdam, whole_fragments
+from trainer.fragments import whole_fragments
+from trainer.optimizer import MagnitudeAdam
 
 
 class Bare:

@@ -27,7 +27,7 @@ from data_pipeline.command import command_line
 from trainer.config import parse_size
 from trainer.consolidation import consolidate
 from trainer.engine import Engine
-from trainer.optimizer import Fragment
+from trainer.fragments import Fragment
 
 VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")

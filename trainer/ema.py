@@ -14,7 +14,7 @@ from trainer.ema_profiles import beta, gamma_from_sigma_rel
 from trainer.pages import empty_apart
 
 if TYPE_CHECKING:
-    from trainer.optimizer import Fragment
+    from trainer.fragments import Fragment
 
 
 class ShardedEma:

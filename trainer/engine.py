@@ -20,7 +20,8 @@ from models.magnitude import normalize_rows_
 from trainer import compilation, zero
 from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
-from trainer.optimizer import Fragment, MagnitudeAdam, row_length, whole_fragments
+from trainer.fragments import Fragment, row_length, whole_fragments
+from trainer.optimizer import MagnitudeAdam
 from trainer.peers import meet
 
 # how long ranks wait at the start for the last of them, and a collective for one that neither comes nor dies

@@ -22,9 +22,10 @@ from trainer.child import die_with_parent
 from trainer.config import ROOT, Config
 from trainer.ema import ShardedEma
 from trainer.engine import Engine, build_denoiser, start_process_group
+from trainer.fragments import whole_fragments
 from trainer.groups import Engine as EngineOptions
 from trainer.groups import Model
-from trainer.optimizer import MagnitudeAdam, whole_fragments
+from trainer.optimizer import MagnitudeAdam
 from trainer.size import bytes_per_parameter
 
 SIGMA_REL = (0.05, 0.10)

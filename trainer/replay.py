@@ -7,21 +7,18 @@ same, 1 something differs or is not finite, 2 the user's error.
 """
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.command import command_line
-from trainer import checkpoint, comparison, provenance, run_log, state
+from trainer import checkpoint, comparison, provenance, run_log, scratch, state
 from trainer.config import Config, digest, load, parse_size
 from trainer.run import Run
 from trainer.stop import Stop
@@ -224,53 +221,6 @@ class Replay(Run):
 # The command.
 
 
-def scratch_of(original: Path, at: int) -> Path:
-    """Return the temporary folder of this replay: the same one for all ranks of a machine, and of no other replay."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    words = [
-        original,
-        at,
-        os.getpid() if alone else (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")),
-        os.getuid(),
-    ]
-    name = hashlib.sha256(repr(words).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"evenkeel-replay-{name}" / original.name
-
-
-def prepare(original: Path, scratch: Path, at: int) -> None:
-    """Make the temporary folder: the checkpoints before `at` as links, what the compiler chose as a copy."""
-    scratch.parent.mkdir(mode=0o700, exist_ok=True)
-    if scratch.parent.stat().st_uid != os.getuid():
-        raise ValueError(f"{scratch.parent}: belongs to somebody else; set TMPDIR to another folder")
-    (scratch / "checkpoints").mkdir(parents=True, exist_ok=True)
-    found = checkpoint.list_checkpoints(original)
-    lost = checkpoint.abandoned(found)  # what the run went back behind leads elsewhere
-    for path in found:
-        if int(path.name) < at and path not in lost:
-            try:
-                (scratch / "checkpoints" / path.name).symlink_to(path)
-            except FileExistsError:  # another rank of this machine was first
-                pass
-    rank = f"rank{int(os.environ.get('RANK', '0')):05d}"
-    if (kept := original / "compile_cache" / rank).is_dir():
-        shutil.copytree(kept, scratch / "compile_cache" / rank, dirs_exist_ok=True)
-
-
-def open_config(original: Path, scratch: Path) -> Config:
-    """Return the run's config, writing nowhere but to `scratch`."""
-    if not (original / "config.yaml").is_file():
-        raise ValueError(f"{original}: no run directory (no config.yaml in it); name a folder such as runs/quickstart")
-    config = load(original / "config.yaml")
-    quiet = {"address": "127.0.0.1", "port": 0, "tensorboard": False, "wandb": "", "profile_at_images": 0}
-    return dataclasses.replace(
-        config,
-        run=str(scratch),
-        metrics=dataclasses.replace(config.metrics, **quiet),
-        data=dataclasses.replace(config.data, audit=""),
-        engine=dataclasses.replace(config.engine, hang_seconds=0),
-    )
-
-
 def check_reached(original: Path, config: Config, word: str, at: int) -> None:
     """Raise ValueError for a clock that the run has not come near: it may have failed before it logged its last steps."""
     known = [int(line["evenkeel_images_seen"]) for line in run_log.read(original)]
@@ -294,22 +244,22 @@ def main(argv=None) -> int:
     )
     options = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    scratch = None
+    folder = None
     try:
         original, at = options.run.resolve(), parse_size(options.at)
-        scratch = scratch_of(original, at)
-        config = open_config(original, scratch)
+        folder = scratch.folder_of(original, at)
+        config = scratch.open_config(original, folder)
         check_reached(original, config, options.at, at)
-        prepare(original, scratch, at)
-        if state.read(original).get("parent") and not any((scratch / "checkpoints").iterdir()):
+        scratch.prepare(original, folder, at)
+        if state.read(original).get("parent") and not any((folder / "checkpoints").iterdir()):
             raise ValueError(f"{original}: was forked, and has no checkpoint before {at} any more; replay a later step")
-        replay = Replay(config, scratch, original, at, options.through)
+        replay = Replay(config, folder, original, at, options.through)
         status = replay.go()
         replay.leave()
         return status
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch.parent, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from trainer.compilation import compile_forward
 from trainer.config import ROOT, to_dict
 from trainer.ema import ShardedEma
 from trainer.engine import build_denoiser
+from trainer.fragments import whole_fragments
 from trainer.groups import Model
 from trainer.loss import denoising_loss
-from trainer.optimizer import MagnitudeAdam, whole_fragments
+from trainer.optimizer import MagnitudeAdam
 
 WAYS = ("eager", "compiled", "in-forward")
 SIGMA_REL = (0.05, 0.10)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.config import Config
-from trainer.optimizer import Fragment
+from trainer.fragments import Fragment
 
 # gradients that are reduced in one message: 128 MiB of fp32, some ten of them for EDM2-S
 BUCKET_ELEMENTS = 2**25
