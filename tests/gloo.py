@@ -19,9 +19,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# the last two are imported by the first engine otherwise: three quarters of what it takes
-LIBRARIES = ["torch", "safetensors.torch", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
-
+LIBRARIES = ["tests.libraries"]
 QUIET = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
@@ -57,6 +55,13 @@ def on_ranks(world: int, function, *args, timeout_seconds: float = 600) -> list:
     return [value for _, value in results]
 
 
+def fork(function, *args) -> multiprocessing.Process:
+    """Start `function(*args)` in a process of its own, for the test to kill."""
+    process = _server().Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def free_port() -> int:
     """Return a port on which ranks may meet."""
     from cluster import ranks  # machines with GPUs may lack what it imports
@@ -69,8 +74,9 @@ def _server():
     """Return the context whose processes are forked from a server with LIBRARIES loaded, one per test session."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    before = {key: os.environ.get(key) for key in QUIET}
-    os.environ.update(QUIET)  # the libraries read some of it as they are imported
+    alone = QUIET | {"PYTHONPATH": str(ROOT)}
+    before = {key: os.environ.get(key) for key in alone}
+    os.environ.update(alone)  # the libraries read some of it as they are imported
     forkserver.ensure_running()
     for key, value in before.items():
         if value is None:
@@ -98,11 +104,12 @@ def _rank(environment: dict[str, str], file: Path, function, args) -> None:
 
 
 class Forked:
-    """`python -m trainer.train ARGS` from the server of the libraries; looks like a subprocess.Popen."""
+    """`python -m MODULE ARGS` from the server of the libraries; looks like a subprocess.Popen."""
 
-    def __init__(self, environment: dict[str, str], log: Path, args: tuple[str, ...]):
-        self._process = _server().Process(target=_command, args=(environment, log, args))
+    def __init__(self, environment: dict[str, str], log: Path, args: tuple[str, ...], module: str = "trainer.train"):
+        self._process = _server().Process(target=_command, args=(environment, log, args, module))
         self._process.start()
+        self.module = module
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -111,7 +118,7 @@ class Forked:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("trainer.train", timeout)
+            raise subprocess.TimeoutExpired(self.module, timeout)
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
@@ -122,15 +129,15 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _command(environment: dict[str, str], log: Path, args: tuple[str, ...]) -> None:
+def _command(environment: dict[str, str], log: Path, args: tuple[str, ...], module: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.argv = ["trainer/train.py", *args]
-    runpy.run_module("trainer.train", run_name="__main__", alter_sys=True)
+    sys.argv = [module.replace(".", "/") + ".py", *args]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 class Ranks:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,7 +9,8 @@ import pytest
 from cluster import job, preflight
 from cluster.ranks import free_port
 from tests import shards
-from tests.small_checkout import CONFIG, ROOT
+from tests.gloo import Forked
+from tests.small_checkout import CONFIG
 from trainer.config import load
 
 
@@ -82,34 +81,29 @@ def test_bad_nodes_are_those_with_problems_and_those_others_waited_for(tmp_path)
 def start(run, rank, world, port):
     variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
     environment = {**os.environ, **{k: str(v) for k, v in variables.items()}}
-    environment |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "cluster.preflight", str(run), str(run / "control"), f"node{rank}"]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    words = (str(run), str(run / "control"), f"node{rank}")
+    return Forked(environment, run / f"said{rank}", words, module="cluster.preflight")
 
 
 def test_two_nodes_meet(run):
     port = free_port()
     ranks = [start(run, rank, 2, port) for rank in range(2)]
-    assert [r.wait(timeout=180) for r in ranks] == [0, 0], [r.stdout.read() for r in ranks]
+    assert [r.wait(timeout=180) for r in ranks] == [0, 0], [p.read_text() for p in run.glob("said*")]
     record = json.loads((run / "control/preflight0.json").read_text())
     assert record["met"] and record["all-reduce between nodes, GB/s"] > 0 and record["host"] == "node0"
 
 
 def test_a_node_that_never_comes_is_blamed_in_bounded_time(run):
     (run / "config.yaml").write_text(
-        (run / "config.yaml").read_text().replace("{kind:", "{preflight_seconds: 5, kind:")
+        (run / "config.yaml").read_text().replace("{kind:", "{preflight_seconds: 3, kind:")
     )
     started = time.monotonic()
     alone = start(run, 0, 2, free_port())
     assert alone.wait(timeout=180) == preflight.BAD_NODE
     assert time.monotonic() - started < 120, "gloo itself would wait for half an hour"
-    assert "not there: ranks [1]" in alone.stdout.read()
-    assert preflight.bad_nodes(run / "control", ["node0", "node1"]) == {"node1": "did not answer within 5 s"}
+    assert "not there: ranks [1]" in (run / "said0").read_text()
+    assert preflight.bad_nodes(run / "control", ["node0", "node1"]) == {"node1": "did not answer within 3 s"}
 
 
 def test_the_trainer_hears_how_many_nodes_were_left_out(run, monkeypatch):

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import denoiser, magnitude
-from tests.gloo import on_ranks
+from tests.gloo import fork, on_ranks
+from tests.small_checkout import wait_for
 from tests.small_disk import disk, full  # noqa: F401 - disk is a fixture
 from trainer import snapshot_writer, snapshots, tensor_file
 from trainer.snapshots import SnapshotWriter
@@ -157,22 +156,20 @@ def test_a_real_enospc_leaves_no_trace(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
+def write_for_ever(folder, ready) -> None:
+    writer = SnapshotWriter(folder, HEADER, 0, 1, None)
+    ready.touch()
+    for clock in range(1, 10**6):
+        writer.submit(clock, 0.05, pieces({"w": torch.randn(1000, 1000)}), {})
+
+
 def test_killed_at_any_instant_every_listed_snapshot_is_readable(tmp_path):
-    program = f"""
-import torch
-from tests.test_snapshots import HEADER, pieces
-from trainer.snapshots import SnapshotWriter
-writer = SnapshotWriter({str(tmp_path)!r}, HEADER, 0, 1, None)
-print("ready", flush=True)
-for clock in range(1, 10**6):
-    writer.submit(clock, 0.05, pieces({{"w": torch.randn(1000, 1000)}}), {{}})
-"""
     for delay in (0.02, 0.11, 0.23):
-        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
-        process.stdout.readline()
+        process = fork(write_for_ever, tmp_path, tmp_path / f"ready{delay}")
+        wait_for((tmp_path / f"ready{delay}").exists)
         time.sleep(delay)
         process.kill()
-        process.wait()
+        process.join()
         for s in snapshots.list_snapshots(tmp_path):
             snapshots.verify(s.path)
     alone(tmp_path).close()

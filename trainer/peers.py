@@ -24,7 +24,7 @@ FOREVER = timedelta(days=365)
 GRACE_SECONDS = (
     3.0  # for the training thread to end by itself: it may be about to fail for the same reason as the other rank
 )
-KNOCK_SECONDS = 0.2  # between attempts to reach rank 0
+KNOCK_SECONDS = 0.2  # between attempts to reach rank 0, in the end: most ranks start at about the same time
 FAREWELL = -1  # instead of the rank that is gone
 TELLING_SECONDS = 0.5  # how much earlier than this thread a collective may hear that a rank is gone
 
@@ -56,6 +56,7 @@ def meet(seconds: float) -> tuple[dist.Store, int, int]:
 def _await_first(until: float) -> None:
     """Return when rank 0 can be reached; raise OSError where it can't by `until`: the store's own client then tries once more."""
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    pause = KNOCK_SECONDS / 16
     while True:
         try:
             socket.create_connection(address, timeout=max(0.1, until - time.monotonic())).close()
@@ -63,7 +64,8 @@ def _await_first(until: float) -> None:
         except OSError:
             if time.monotonic() > until:
                 raise
-        time.sleep(KNOCK_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, KNOCK_SECONDS)
 
 
 class RankGone(ConnectionError):
