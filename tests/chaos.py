@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import torch
 import torch._dynamo
 
 from data_pipeline import encode
+from tests.gloo import free_port
 from tests.test_resume import OVERRIDES, ROOT, snapshots_of, state_of
 from trainer import audit, train
 from trainer.config import dump, load
@@ -37,7 +37,10 @@ from trainer.snapshots import list_snapshots
 from trainer.stop import Stop
 
 BATCH, WORLD = 64, 2
-EXIT_SECONDS = 20  # within which a rank must end when another one died
+EXIT_SECONDS = 30  # within which a rank must end when another one died
+HANG_SECONDS = (
+    60  # how long ranks wait to meet one that died before they knew each other, and again for its connections
+)
 DISK_BYTES = 96 << 20
 KINDS = (
     "SIGKILL one rank",
@@ -69,12 +72,11 @@ class Life:
             logs_of(run) / f"{run.name}-audit",
             time.monotonic(),
         )
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         self.logs = [logs_of(run) / f"{run.name}-{number:03d}-rank{r}.log" for r in range(WORLD)]
         self.before = self.trained()
         self.statuses: dict[int, int] = {}
+        self.end_seconds = 300  # at its own end, unless a rank dies
         config = self._compose(data)
         self.pids = [self._fork(r, port, config) for r in range(WORLD)]
 
@@ -82,7 +84,11 @@ class Life:
         """Return a file with the whole config, which the ranks read without Hydra."""
         path = logs_of(self.run) / f"{self.run.name}.yaml"
         if not path.is_file():
-            keys = [f"duration_images={self.duration}", "checkpoints.keep_last=2", "engine.hang_seconds=60"]
+            keys = [
+                f"duration_images={self.duration}",
+                "checkpoints.keep_last=2",
+                f"engine.hang_seconds={HANG_SECONDS}",
+            ]
             keys += [f"run={self.run}", f"data.path={data}", f"data.audit={self.audit}"]
             path.write_text(dump(load(ROOT / "configs/quickstart.yaml", [*OVERRIDES, *keys])))
         return path
@@ -136,13 +142,17 @@ class Life:
         return self.until(lambda: self.trained() > self.before + 200)
 
     def send(self, number: int, ranks) -> None:
+        if number == signal.SIGKILL:
+            met = "attempt" in self.output()
+            self.end_seconds = EXIT_SECONDS if met else 2 * HANG_SECONDS + EXIT_SECONDS
         self.alive()
         for rank in ranks:
             if rank not in self.statuses:
                 os.kill(self.pids[rank], number)
 
-    def end(self, seconds: float) -> list[int]:
+    def end(self, seconds: float | None = None) -> list[int]:
         """Return the exit statuses; a rank that does not end is the failure that this test looks for."""
+        seconds = seconds or self.end_seconds
         deadline = time.monotonic() + seconds
         while self.alive():
             if time.monotonic() > deadline:
@@ -202,8 +212,7 @@ class Chaos:
                 )
                 if life.whole() and (kind == "full disk" or not hit):
                     continue
-            # what a hit left alive ends by itself: soon after a death, at its own end otherwise
-            statuses = life.end(EXIT_SECONDS if any(s < 0 for s in life.statuses.values()) else 300)
+            statuses = life.end()  # what a hit left alive ends by itself
             finished = statuses == [0, 0]
             if not finished:
                 allowed = {0, 1, 75, -signal.SIGKILL}
@@ -253,7 +262,7 @@ class Chaos:
             self.fill_disk(1.0 + 3.0 * draw)
         elif "checkpoint" in kind and not kind.startswith("SIGKILL"):
             life.send(signal.SIGKILL, range(WORLD))
-            life.end(EXIT_SECONDS)
+            life.end()
             return self.damage(run, kind)
         else:
             life.send(signal.SIGKILL, range(WORLD) if kind == "SIGKILL all" else victims)

@@ -7,7 +7,6 @@ way to the masters.
 
 import math
 import os
-import socket
 import warnings
 from datetime import timedelta
 
@@ -41,7 +40,7 @@ def start_process_group(
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
         assert os.environ["WORLD_SIZE"] == "1", "MASTER_PORT is not set although there are several ranks"
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = "0"  # any free one: nobody else needs to know
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu() else "cpu")
     # DeepSpeed 0.19 calls torch names that newer torch calls by others; nothing a user could do about it
     warnings.filterwarnings(
@@ -60,12 +59,6 @@ def start_process_group(
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)  # adopts the group
     return dist.get_rank(), dist.get_world_size()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def device() -> torch.device:

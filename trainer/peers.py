@@ -68,6 +68,27 @@ def _await_first(until: float) -> None:
         pause = min(2 * pause, KNOCK_SECONDS)
 
 
+@contextlib.contextmanager
+def connected_within(seconds: float, run: Path):
+    """End this rank where the block, in which all ranks connect, lasts longer: one that dies in it lets the others wait forever."""
+
+    def give_up() -> None:
+        error = TimeoutError(
+            f"not all ranks were connected within {seconds:.0f} s; the log of the one that is gone says why"
+        )
+        state.tell(f"error: {error}")
+        state.fail(run, error)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class RankGone(ConnectionError):
     """Another rank is gone; `status` is the exit status that follows from it."""
 
@@ -77,10 +98,13 @@ class RankGone(ConnectionError):
 
 
 class Peers:
-    """End this rank soon after the next one is gone; `group` is a gloo group for this alone (None: a single process)."""
+    """End this rank soon after the next one is gone; `group` is a gloo group for this alone (None: a single process).
 
-    def __init__(self, run: Path, rank: int, world: int, attempt: int, group):
-        self.run, self.rank, self.world, self.attempt, self.group = run, rank, world, attempt, group
+    `attempt` says which start this is, as soon as the ranks agree on it: whether one was ended for a hang is then known.
+    """
+
+    def __init__(self, run: Path, rank: int, world: int, group):
+        self.run, self.rank, self.world, self.group, self.attempt = run, rank, world, group, 0
         self._gone: RankGone | None = None
         self._known = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)

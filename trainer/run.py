@@ -30,7 +30,7 @@ from trainer.examples import Examples
 from trainer.loss import denoising_loss
 from trainer.meter import Meter
 from trainer.metrics import Metrics
-from trainer.peers import FOREVER, Peers
+from trainer.peers import FOREVER, GRACE_SECONDS, Peers, connected_within
 from trainer.snapshot_writer import SnapshotWriter
 from trainer.state import RunState, await_predecessor, tell
 from trainer.stop import Stop
@@ -48,6 +48,15 @@ class Run:
         if compilation.wanted(config, on_gpu()):
             compilation.keep_cache(folder, int(os.environ.get("RANK", "0")))
         self._meet()
+        try:
+            self._prepare()
+        except RuntimeError as error:  # a collective's own, maybe
+            raise self.peers.gone() or error from None
+
+    def _prepare(self) -> None:
+        """Build everything and restore what was saved."""
+        config = self.config
+        self._agree_on_attempt()
         self.examples = Examples(config, device())
         loss = config.loss
         self.weighting = {"weighting": loss.weighting, "prediction": config.model.prediction}
@@ -64,23 +73,37 @@ class Run:
         self.state.write(status="running", clock=self.clock)
 
     def _meet(self) -> None:
-        """Find the other ranks, agree with them which start of the run this is, and watch over each other from then on."""
-        options, folder = self.config.engine, self.folder
-        hang = options.hang_seconds or MEETING_SECONDS
+        """Find the other ranks; from the first collective on, somebody watches: on GPUs it would wait for a rank that is gone."""
+        hang = self.config.engine.hang_seconds or MEETING_SECONDS
         self.patience = max(COLLECTIVE_SECONDS, 2 * PATIENCE_FACTOR * hang)
-        # the watchdog speaks first: a collective's own timeout names nobody
-        self.rank, self.world = start_process_group(hang, self.patience)
+        with connected_within(
+            2 * hang + GRACE_SECONDS, self.folder
+        ):  # finding each other takes up to `hang`, and says so
+            # the watchdog speaks first: a collective's own timeout names nobody
+            self.rank, self.world = start_process_group(hang, self.patience)
+            self.peers = Peers(self.folder, self.rank, self.world, self._group(FOREVER))
+
+    def _agree_on_attempt(self) -> None:
+        """Agree which start of the run this is, or that it must not be: rank 0 looks, all do as it says."""
+        options, folder = self.config.engine, self.folder
+        refusal = None
         if self.rank == 0:
-            await_predecessor(folder)
+            try:
+                await_predecessor(folder)
+            except ValueError as error:
+                refusal = error
+        shared = [refusal]
+        dist.broadcast_object_list(shared)
+        if shared[0] is not None:
+            raise shared[0]
         self.state = RunState(folder, self.rank, self.config.duration_images)
         # rank 0 may have written before another rank read: one attempt, one last checkpoint
         shared = [self.state.values]
         dist.broadcast_object_list(shared)
         self.state.values = shared[0]
         self.state.write()
-        attempt = self.state.attempt
+        attempt = self.peers.attempt = self.state.attempt
         self.watchdog = Watchdog(folder, self.rank, self.world, attempt, options.hang_seconds, options.hang_steps)
-        self.peers = Peers(folder, self.rank, self.world, attempt, self._group(FOREVER))
         self.say(f"attempt {attempt} of {folder} on {self.world} ranks, {device()}")
 
     def _checkpoint(self) -> Path | None:

@@ -89,10 +89,14 @@ class Superseded(ValueError):
     """A later start of the run has begun."""
 
 
+class BeingTrained(ValueError):
+    """An earlier start of the run goes on."""
+
+
 def await_predecessor(run: str | os.PathLike, seconds: float = PREDECESSOR_SECONDS) -> None:
     """Return when the run's last start, if it lives on this machine, has ended, or has given no sign of life for `seconds`.
 
-    It may be saving still, after whoever watched it was killed. Raise ValueError where it goes on training.
+    It may be saving still, after whoever watched it was killed. Raise BeingTrained where it goes on training.
     """
     before, until = read(run), time.monotonic() + seconds
     pid = before.get("pid")
@@ -103,7 +107,7 @@ def await_predecessor(run: str | os.PathLike, seconds: float = PREDECESSOR_SECON
     while _born(pid) == before["born"]:
         now = read(run)
         if now.get("status") == "running" and now.get("clock", 0) > before.get("clock", 0):
-            raise ValueError(f"{run}: is being trained by pid {pid}; stop that first (kill {pid} saves)")
+            raise BeingTrained(f"{run}: is being trained by pid {pid}; stop that first (kill {pid} saves)")
         if time.monotonic() > until:  # it hangs; `RunState.check` keeps it from saving should it wake up
             tell(f"warning: attempt {before.get('attempt')} lives as pid {pid} and does nothing; going on without it")
             return
@@ -145,8 +149,8 @@ def _written_life(run: Path) -> int:
 def fail(run: str | os.PathLike, error: Exception) -> None:
     """Record why this start of the run ended; any rank may, and the first is kept: the others fail because of it."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, Superseded):
-        return  # the file is the later start's
+    if isinstance(error, Superseded | BeingTrained):
+        return  # the file is the other start's
     # a full disk or a damaged state.json: often the very reason, and the caller prints it, too
     with contextlib.suppress(OSError, ValueError):
         before = read(run)

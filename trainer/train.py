@@ -25,6 +25,7 @@ from trainer import state
 from trainer.config import Config, differences, dump, load, to_dict
 from trainer.examples import micro_batches
 from trainer.lr import learning_rate
+from trainer.peers import RankGone
 from trainer.run import Run
 from trainer.stop import Stop
 
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None, stop: Stop | None = None) -> int:
         return 1 if isinstance(error, OSError) and error.errno in state.MAY_PASS else 2
     try:
         run = Run(config, folder.resolve(), stop or Stop())
+    except RankGone as error:
+        return _failed(folder, error, error.status)
     except (ValueError, FileNotFoundError, PermissionError) as error:  # data or a checkpoint that do not fit the config
         return _failed(folder, error, 2)
     except Exception as error:
