@@ -29,7 +29,7 @@ class ReleasedField(nn.Module):
         super().__init__()
         self.conv0 = Conv(channels, channels, 3, padding=1)
         self.conv1 = Conv(channels, channels, 3, padding=1)
-        # its final experiments normalise groups of 8, the code as released single channels; neither has parameters
+        # its final experiments normalise 8 groups of channels, the code as released single channels; neither has parameters
         self.norm = GroupNorm(channels, affine=False) if group_norm else nn.InstanceNorm2d(channels)
 
     def forward(self, z: Tensor, emb: Tensor | None) -> Tensor:
