@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,12 @@ def save_at_last(run: str, refusals: int, number: int, patience: float) -> tuple
 
     rank, world = start_process_group()
     engine = Engine(config_of(micro_batch=BATCH // world), build(config_of()))
-    real, tried = checkpoint_writer.save_file, []
+    real, tried, copies = checkpoint_writer.save_file, [], []
 
     def refused(tensors, path):
         tried.append(path)
+        assert all(copy() is None for copy in copies), "one copy of the state is in host memory at a time"
+        copies.extend(weakref.ref(t) for t in tensors.values())
         if rank == 1 and len(tried) <= refusals:
             raise SafetensorError(f"I/O error: no (os error {number})")  # as the library tells it
         real(tensors, path)

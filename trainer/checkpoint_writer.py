@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from data_pipeline.durable import sync_folder, write_atomically
 from trainer.checkpoint import VERSION, abandoned, hash_file, is_readable, list_checkpoints, seal, state
 from trainer.engine import Engine
+from trainer.host_copies import to_host
 from trainer.state import MAY_PASS, tell
 
 PATIENCE_SECONDS, RETRY_SECONDS = 60.0, 1.0  # with a disk that refuses a run's last checkpoint
@@ -68,13 +69,15 @@ class CheckpointWriter:
     def save(self, clock: int, life: int, extras: dict) -> None:
         """Begin to save the state of `clock`; waits for the copy to host memory and for a save still in flight.
 
+        One copy of this rank's state is in host memory at a time: (12 + 4 averages) / ranks bytes a parameter (ZeRO stages 1 to 3).
         Raises NotSaved on every rank when the save before could not be written (a full disk); older checkpoints stay.
         """
         self.wait()
         owned = self.engine.owned()
-        tensors = {f"{kind}/{name}": t.detach().to("cpu", copy=True) for kind, name, _, t in state(self.engine, owned)}
+        there = {f"{kind}/{name}": t for kind, name, _, t in state(self.engine, owned)}
         if self.engine.rank == 0:
-            tensors |= {f"buffer/{n}": b.detach().to("cpu", copy=True) for n, b in self.engine.buffers().items()}
+            there |= {f"buffer/{n}": b for n, b in self.engine.buffers().items()}
+        tensors = dict(zip(there, to_host(list(there.values())), strict=True))
         pieces = [[f.name, f.start, f.master.numel()] for f in owned]
         manifest = {
             "version": VERSION,
@@ -126,6 +129,8 @@ class CheckpointWriter:
         except BaseException as error:  # kept for the training thread: `wait` raises it there
             self.failures += 1
             self._error = error
+        finally:
+            tensors.clear()  # an error that is kept would keep them
 
     def _write(self, manifest: dict, tensors: dict[str, torch.Tensor], pieces: list) -> None:
         final = self.run / "checkpoints" / f"{manifest['clock']:010d}"
@@ -179,7 +184,7 @@ class CheckpointWriter:
     def _write_rank_file(self, folder: Path, tensors: dict[str, torch.Tensor], pieces: list) -> dict:
         path = folder / f"rank{self.engine.rank:05d}.safetensors"
         save_file(tensors, path)
-        path.chmod(0o666 & ~_UMASK)  # the library makes files that only the owner can read
+        path.chmod(folder.stat().st_mode & 0o666)  # the library makes files that only the owner can read
         with open(path, "rb+") as f:
             os.fsync(f.fileno())
         return {path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path), "pieces": pieces}}
@@ -224,12 +229,3 @@ def _hide(folder: Path) -> Path:
     shutil.rmtree(hidden, ignore_errors=True)  # of a removal that did not come to its end
     os.replace(folder, hidden)
     return hidden
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _read_umask()  # read once: reading it sets it, which no thread may do

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import tensor_file
+from trainer.host_copies import to_host
 from trainer.state import is_full, tell
 
 MAX_PENDING = 4  # jobs not yet assembled: beyond these, `submit` waits (two snapshots of two lengths)
@@ -88,11 +89,10 @@ class SnapshotWriter:
             return sum(t.nbytes for t in waiting) + sum(p.host.nbytes for job in self._jobs for p in job.pieces)
 
     def pieces(self, fragments: Iterable, average: Iterable[Tensor]) -> list[Piece]:
-        """Copy an average's tensors, one per fragment, to host memory; cast where they are, so that half the bytes travel."""
-        return [
-            Piece(f.name, f.shape, f.start, t.to("cpu", self.dtype, copy=True))
-            for f, t in zip(fragments, average, strict=False)  # at stage 0 only rank 0 owns the fragments
-        ]
+        """Copy an average's tensors, one per fragment, to host memory; MAX_PENDING + 2 such copies are there at most."""
+        owned = list(zip(fragments, average, strict=False))  # at stage 0 only rank 0 owns the fragments
+        hosts = to_host([t for _, t in owned], self.dtype)
+        return [Piece(f.name, f.shape, f.start, host) for (f, _), host in zip(owned, hosts, strict=True)]
 
     def submit(
         self,
@@ -158,6 +158,7 @@ class SnapshotWriter:
 
     def _work(self) -> None:
         while True:
+            job = None  # while there is none, nothing is held
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
