@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	$(PY) cluster/submit.py configs/quickstart.yaml
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not extras and not gpu" $(ARGS)
 
 # torchvision comes with mosaicml-streaming and does not import beside a CPU build of torch; nothing here needs it
 $(VENV)/.extras: $(VENV)/.installed

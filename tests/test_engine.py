@@ -20,7 +20,7 @@ MODEL = {
     "channels_per_head": 12,
     "logvar_channels": 16,
 }
-BATCH, STEPS = 12, 8
+BATCH, STEPS = 12, 6  # of which the first two warm up, and the last decays
 
 
 def config_of(**changes):

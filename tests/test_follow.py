@@ -128,6 +128,8 @@ def test_a_users_error_is_not_restarted(root):
 
 
 def test_a_rank_that_hangs_after_its_peers_end_is_killed(root):
+    job = root / "cluster/job.py"
+    job.write_text(job.read_text().replace("CRASH_GRACE_SECONDS = 5.0", "CRASH_GRACE_SECONDS = 0.5"))
     wrongs = [{"lives": [1], "clock": 20, "ranks": [1], "status": 2}]
     status, out, _ = submit(root, "duration_images=100000", behave={"wrongs": wrongs})
     assert status == 2 and "rank 1 ended with status 2" in out

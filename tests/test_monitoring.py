@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -91,15 +92,17 @@ def test_each_alert_fires_when_it_should_and_is_quiet_when_not():
 
 
 @needs_prometheus
-@pytest.mark.parametrize(
-    "right, wrong", [("0.7 *", "0.5 *"), (", 600)", ", 6000)"), ("1.5 * quantile", "1.1 * quantile")]
-)
-def test_a_changed_threshold_is_noticed(tmp_path, right, wrong):
-    text = (RULES / "evenkeel.yml").read_text()
-    assert right in text
-    (tmp_path / "evenkeel.yml").write_text(text.replace(right, wrong))
+def test_a_changed_threshold_is_noticed(tmp_path):
+    text, changed = (RULES / "evenkeel.yml").read_text(), {}
+    for right, wrong in (("0.7 *", "0.5 *"), (", 600)", ", 6000)"), ("1.5 * quantile", "1.1 * quantile")):
+        assert right in text
+        *_, changed[right] = re.findall(r"alert: (\w+)", text.partition(right)[0])
+        text = text.replace(right, wrong)
+    (tmp_path / "evenkeel.yml").write_text(text)
     shutil.copy(RULES / "tests.yml", tmp_path)
-    assert promtool("test", "rules", "tests.yml", folder=tmp_path).returncode == 1
+    done = promtool("test", "rules", "tests.yml", folder=tmp_path)
+    failed = re.findall(r'ALERTS{alertname=\\?"(\w+)', done.stdout + done.stderr)
+    assert done.returncode == 1 and set(failed) == set(changed.values()), done.stderr
 
 
 def test_rules_and_panels_use_no_metric_that_is_not_there():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_pipeline import adopt, manifest, order, wds
+from tests.gloo import on_ranks
 from tests.shards import SHAPE, SHARDS, make_dataset, make_samples, make_tars
 
 N = sum(SHARDS)
@@ -87,21 +88,24 @@ def test_prefetch_changes_nothing_but_time(clean):
         assert torch.equal(ahead.batch(blocks[0]).stored, plain.batch(blocks[0]).stored)
 
 
+def read_with_descriptors(folder, soft: int, hard: int) -> tuple[int, int, int]:
+    """In a process of its own, return how many shards are open, samples replaced and read."""
+    import resource
+
+    from data_pipeline import reader
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    reader._SPARE_DESCRIPTORS = 40
+    with wds.open_source(folder, 0, 40, on_bad="replace", max_bad=40) as source:
+        found = source.batch(np.arange(80)).stored
+        return len(source._open), source.counters()["replaced"], len(found)
+
+
 def test_a_wide_window_has_its_descriptors(tmp_path):
     """Every shard of a window stays open: the soft limit is raised, and where it cannot be, fewer are open at once."""
     samples = make_dataset(tmp_path / "d", sizes=(1,) * 40)
-    code = (
-        "import resource, sys, numpy as np; from data_pipeline import reader, wds\n"
-        "soft, hard = int(sys.argv[2]), int(sys.argv[3])\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)); reader._SPARE_DESCRIPTORS = 40\n"
-        "with wds.open_source(sys.argv[1], 0, 40, on_bad='replace', max_bad=40) as source:\n"
-        "    found = source.batch(np.arange(80)).stored\n"
-        "    print(len(source._open), source.counters()['replaced'], len(found))"
-    )
     for soft, hard, opened in ((60, 400, 40), (60, 60, 10)):
-        command = [sys.executable, "-c", code, str(tmp_path / "d"), str(soft), str(hard)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.stdout.split() == [str(opened), "0", "80"], done.stderr
+        assert on_ranks(1, read_with_descriptors, tmp_path / "d", soft, hard) == [(opened, 0, 80)]
     assert len(samples) == 40
 
 
@@ -398,11 +402,11 @@ def test_nothing_is_left_after_sigkill(dataset, tmp_path):
         f"s = wds.open_source({str(folder)!r}, 0, 2, threads=2)\n"
         "s.prefetch(np.arange(8)); s.batch(np.arange(8)); print('ready', flush=True); sys.stdin.read()"
     )
-    listing = sorted(os.listdir(folder))
+    listing, before = sorted(os.listdir(folder)), set(os.listdir("/dev/shm"))
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
-    mine = {name for name in os.listdir("/dev/shm") if str(process.pid) in name}
+    mine = {name for name in os.listdir("/dev/shm") if str(process.pid) in name} - before
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdin.close()

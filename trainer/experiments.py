@@ -88,13 +88,16 @@ def cells(
     experiment: Experiment, folder: Path, data: Path | None, seeds: list[int], overrides: list[str]
 ) -> list[Cell]:
     """Return the cells seed by seed, every config checked; raise ValueError where a folder holds a run of another config."""
-    found = []
+    found, composed = [], {}
     for seed in seeds:
         for arm, (base, *own) in experiment.arms.items():
             values = [*experiment.set, *own]
             values = [*values, *(_data_keys(data, values) if data else []), *overrides]
-            values += [f"seed={seed}", f"run={(folder / f'{arm}-seed{seed}').resolve()}"]
-            cell = Cell(arm, seed, config.load(config.CONFIGS / f"{base}.yaml", values))
+            own_keys = {"seed": seed, "run": str((folder / f"{arm}-seed{seed}").resolve())}
+            if arm not in composed:  # Hydra takes its time: once for all seeds
+                values += [f"{key}={value}" for key, value in own_keys.items()]
+                composed[arm] = config.to_dict(config.load(config.CONFIGS / f"{base}.yaml", values))
+            cell = Cell(arm, seed, config.from_dict(composed[arm] | own_keys))
             if "://" not in cell.config.data.path:
                 cell.config.data.path = str(config.ROOT / cell.config.data.path)
             if (cell.folder / "config.yaml").is_file():
