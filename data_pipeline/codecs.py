@@ -47,12 +47,17 @@ class Pixels(Codec):
         return (raw + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
-def _from_diffusers(kind: str, weights, name: str, device: str):
-    """Load a network of diffusers from a local folder; return it and its weights' hash."""
+def _diffusers(who: str):
     try:
         import diffusers
     except ImportError:
-        raise ValueError(f"codec {name} needs diffusers; install it with: pip install diffusers") from None
+        raise ValueError(f"{who} needs diffusers; install it with: pip install diffusers") from None
+    return diffusers
+
+
+def _from_diffusers(kind: str, weights, name: str, device: str):
+    """Load a network of diffusers from a local folder; return it and its weights' hash."""
+    diffusers = _diffusers(f"codec {name}")
     files = sorted(Path(weights).glob("*.safetensors")) if weights else []
     if len(files) != 1:
         raise ValueError(
@@ -65,13 +70,16 @@ def _from_diffusers(kind: str, weights, name: str, device: str):
 class StabilityVae(Codec):
     """stabilityai/sd-vae-ft-mse as EDM2 uses it: pixels in [0, 1], latents unscaled, posterior mean and std stored.
 
-    Tested with a small AutoencoderKL of random weights where diffusers is installed, not with the real ones.
+    `decoding` is the type that it decodes in; it encodes in fp32. Tested with a small AutoencoderKL of random weights where
+    diffusers is installed, not with the real ones.
     """
 
-    def __init__(self, weights, device: str, dtype: str):
-        self.vae, digest = _from_diffusers("AutoencoderKL", weights, "sd-vae-ft-mse", device)
-        super().__init__("sd-vae-ft-mse", digest, "mean_std", 2 ** (len(self.vae.config.block_out_channels) - 1))
+    def __init__(self, vae, digest: str, device: str, dtype: str, decoding: str = "fp32"):
+        self.vae, self.decoding = vae, DECODING[decoding]
+        super().__init__("sd-vae-ft-mse", digest, "mean_std", 2 ** (len(vae.config.block_out_channels) - 1))
         self.device, self.dtype = device, dtype
+        for module in (vae.decoder, vae.post_quant_conv):
+            module.to(self.decoding)
 
     @torch.no_grad()
     def encode(self, images):
@@ -80,8 +88,23 @@ class StabilityVae(Codec):
 
     @torch.no_grad()
     def decode(self, raw):
-        pixels = torch.cat([self.vae.decode(part.to(self.device)).sample for part in raw.split(4)])
+        parts = [self.vae.decode(part.to(self.device, self.decoding)).sample for part in raw.split(4)]
+        pixels = torch.cat(parts).float()
         return (pixels.clamp(0, 1) * 255).to(torch.uint8).to(raw.device)  # truncated, as EDM2 does
+
+
+# config.json of stabilityai/sd-vae-ft-mse
+SD_VAE = {
+    **{"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
+    **{"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 256},
+}
+
+
+def untrained_vae(device: str = "cpu", decoding: str = "fp32") -> StabilityVae:
+    """Return the SD-VAE with random weights, for timing: as large as the real one, and as fast."""
+    diffusers = _diffusers("the SD-VAE")
+    vae = diffusers.AutoencoderKL(**SD_VAE).eval().requires_grad_(False).to(device)
+    return StabilityVae(vae, "", device, "float16", decoding)
 
 
 class Taesd(Codec):
@@ -153,15 +176,21 @@ class TinyAutoencoder(Codec):
         return ((pixels + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8).to(raw.device)
 
 
+DECODING = {"fp32": torch.float32, "fp16": torch.float16}  # bf16 would move pixels by many steps of 255
 NAMES = ("pixels", "sd-vae-ft-mse", "taesd", "tinyae4")
 
 
-def open_codec(name: str, weights=None, device: str = "cpu", dtype: str = "float16") -> Codec:
-    """Open a codec by name; `weights` is a local file or folder where it needs one, `dtype` what its encoder stores."""
+def open_codec(name: str, weights=None, device: str = "cpu", dtype: str = "float16", decoding: str = "fp32") -> Codec:
+    """Open a codec by name; `weights` is a local file or folder where it needs one, `dtype` what its encoder stores.
+
+    `decoding` is the type that the SD-VAE decodes in: fp16 is for GPUs, and may move a pixel by a few steps of 255.
+    """
+    if decoding != "fp32" and name != "sd-vae-ft-mse":
+        raise ValueError(f"codec {name} decodes in fp32 alone, not in {decoding}; leave that out")
     if name == "pixels":
         return Pixels("pixels")
     if name == "sd-vae-ft-mse":
-        return StabilityVae(weights, device, dtype)
+        return StabilityVae(*_from_diffusers("AutoencoderKL", weights, name, device), device, dtype, decoding)
     if name == "taesd":
         return Taesd(weights, device, dtype)
     if name == "tinyae4":

@@ -109,6 +109,12 @@ def test_vae_stores_its_posterior(tmp_path):
     assert torch.allclose(stored, torch.cat([posterior.mean, posterior.std], dim=1).detach(), atol=1e-6)
     expected = (vae.decode(stored[:, :4]).sample.detach().clamp(0, 1) * 255).to(torch.uint8)
     assert torch.equal(codec.decode(stored[:, :4]), expected)
+    half = codecs.open_codec("sd-vae-ft-mse", tmp_path, dtype="float32", decoding="fp16")
+    assert np.array_equal(half.encode(images), stored.numpy()), "it encodes in fp32 all the same"
+    far = (half.decode(stored[:, :4]).int() - expected.int()).abs()
+    assert 0 < far.max() <= 4 and far.float().mean() < 0.2  # eps of fp16 is 2^-11; bf16 gives 9 here
+    with pytest.raises(ValueError, match="decodes in fp32 alone"):
+        codecs.open_codec("pixels", decoding="fp16")
     x = latents.whiten(stored, some_manifest(shape=(8, 8, 8)))
     pictures = latents.decode(x, some_manifest(shape=(8, 8, 8), codec_hash=codec.hash), codec)
     assert (pictures.int() - expected.int()).abs().max() <= 1

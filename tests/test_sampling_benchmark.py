@@ -1,9 +1,12 @@
 """Sampling: the benchmark's rows, and a compiled drawing draws what the plain one does, whole batches or not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from trainer import flops, sampling_benchmark
+from data_pipeline import codecs
+from trainer import decoding_benchmark, flops, sampling_benchmark
 from trainer.benchmark import main
 from trainer.drawing import Drawing, Settings
 
@@ -19,11 +22,32 @@ def test_rows_count_both_networks():
     assert each[0] < each[1] < each[2]
 
 
+def test_decoding_has_rows_of_its_own():
+    rows = sampling_benchmark.measure(None, 1, 2, "cpu", False, 1, decoder=codecs.open_codec("pixels"))
+    assert [r["decoder"] for r in rows] == [None] * 4 + ["pixels, in turn", "pixels, beside the next"] * 2
+    assert [r["guide"] for r in rows[4:]] == ["none"] * 2 + ["half the channels"] * 2
+    assert all(r["images_per_second"] > 0 for r in rows)
+
+
+@pytest.mark.extras
+def test_the_decoder_of_the_published_rates_is_counted():
+    """Karras et al. 2024: 1260.9 G multiply-accumulates an image; ours leave out the elementwise ones."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKL(**codecs.SD_VAE).eval()
+        drawing = SimpleNamespace(shape=(4, 64, 64), device="meta")
+        counted = decoding_benchmark.decoder_flops(codecs.StabilityVae(vae, "", "meta", "float16"), drawing)
+    assert counted == pytest.approx(2 * 1260.9e9, rel=0.005)
+
+
 def test_what_is_wrong_is_one_line(capsys):
     assert main(["--table", "sampling", "--batch", "0", "--device", "cpu"]) == 2
     assert main(["--table", "sampling", "--preset", "huge", "--device", "cpu"]) == 2
     assert main(["--table", "sampling", "--preset", "xs", "--device", "cpu", "engine.compil=true"]) == 2
-    assert capsys.readouterr().err.count("\n") == 3
+    assert main(["--table", "sampling", "--decoder", "nowhere", "--device", "cpu"]) == 2
+    assert main(["--table", "optimizer", "--decoder", "pixels"]) == 2
+    assert main(["--table", "optimizer", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.count("\n") == 6
 
 
 DEVICES = [

@@ -28,6 +28,10 @@ def add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="with --table sampling: compiled too, which takes minutes"
     )
+    parser.add_argument(
+        "--decoder",
+        help="with --table sampling: sd-vae (random weights, needs diffusers), FOLDER of its weights, or pixels",
+    )
     parser.add_argument("--profile", metavar="FOLDER", help="write a trace of one step per measurement there")
     parser.add_argument("overrides", nargs="*", help="key=value, with --preset: for instance engine.activations=bf16")
 
@@ -56,6 +60,12 @@ def _chosen(options: argparse.Namespace):
         from trainer import fusion_benchmark  # the compiler's own modules: seconds to import
 
         return fusion_benchmark.run
+    if options.decoder and options.table != "sampling":
+        raise ValueError(f"--decoder {options.decoder}: goes with --table sampling")
+    if options.device == "cuda" and not options.preset and options.table in ("step", "optimizer"):
+        raise ValueError(
+            f"--device cuda: the table {options.table} is of CPUs; with --preset the real step is measured"
+        )
     if options.overrides and not options.preset:
         raise ValueError(f"{options.overrides[0]}: overrides go with --preset")
     if options.table == "sampling":

@@ -45,10 +45,19 @@ class Settings:
 class Drawing:
     """A network, perhaps with a guide, ready to draw at any positions."""
 
-    def __init__(self, network, header: dict, settings: Settings, guide=None, device: str = "cpu", codec_weights=None):
+    def __init__(
+        self,
+        network,
+        header: dict,
+        settings: Settings,
+        guide=None,
+        device: str = "cpu",
+        codec_weights=None,
+        decoding="fp32",
+    ):
         self.network, self.guide, self.settings, self.device = network, guide, settings, device
         self.data = SimpleNamespace(**header["data"])  # what decoding reads of a manifest
-        self.codec_weights = codec_weights
+        self.codec_weights, self.decoding = codec_weights, decoding
         self.shape = (header["model"]["channels"], header["model"]["resolution"], header["model"]["resolution"])
         self.label_dim = header["model"]["label_dim"]
         self.header, self.warned, self.compiled = header, False, False
@@ -86,7 +95,7 @@ class Drawing:
     @functools.cached_property
     def codec(self):
         """Open the codec when pictures are wanted: losses and distances of latents do without its weights."""
-        codec = codecs.open_codec(self.data.codec, self.codec_weights, self.device)
+        codec = codecs.open_codec(self.data.codec, self.codec_weights, self.device, decoding=self.decoding)
         codecs.check_is(codec, self.data)
         return codec
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import devices
+from data_pipeline import codecs, devices
 from models import sampler
 from models.denoiser import ACTIVATIONS
 from trainer import config
@@ -47,6 +47,12 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="sigmas")
     parser.add_argument("--batch", type=int, default=64, help="images at once; does not change them")
     parser.add_argument("--codec-weights", type=Path, help="of the codec that the snapshot names, where it has some")
+    parser.add_argument(
+        "--codec-decoding",
+        default="fp32",
+        choices=tuple(codecs.DECODING),
+        help="type that the SD-VAE decodes in (default %(default)s); fp16 is faster on GPUs, pixels may move by a few steps of 255",
+    )
     parser.add_argument(
         "--device", default=devices.own_device(), help="cpu, cuda, cuda:1 (default: a GPU where there is one)"
     )
@@ -147,7 +153,9 @@ def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) ->
     if not settings.trained_range:
         del origin["trained_range"]  # folders of pictures that were begun before it existed go on
     origin["interval"] = [str(v) for v in settings.interval]  # JSON has no infinity
-    drawing = Drawing(network, header, settings, guide, options.device, options.codec_weights)
+    if options.codec_decoding != "fp32":
+        origin["codec_decoding"] = options.codec_decoding
+    drawing = Drawing(network, header, settings, guide, options.device, options.codec_weights, options.codec_decoding)
     if options.compile:
         drawing.compile()
     return drawing, origin
