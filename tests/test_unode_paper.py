@@ -3,6 +3,8 @@ order, sees the noise level, and has torchdiffeq's gradients."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torchdiffeq
 import yaml
 
 from models.denoiser import build
@@ -76,6 +78,54 @@ def test_the_papers_ratios_by_our_own_counter():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("norm", ["instance", "group"])
+def test_the_released_network_computes_what_the_authors_does(norm):
+    """Their network written out from its description, with torchdiffeq's rk4 as they call it, and this one's weights."""
+    torch.manual_seed(0)
+    model = {**RELEASED, "resolution": 16, "channel_mult": [1, 2, 4], "attn_resolutions": [4, 8]}
+    net = build({**model, "ode": {**RELEASED["ode"], "norm": norm}}).unet.double()
+    for p in net.parameters():
+        p.normal_(0, 0.1)
+    weights = dict(net.named_parameters())
+
+    def conv(x, name):
+        weight = weights[f"{name}.weight"]
+        return F.conv2d(x, weight, weights.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def solve(z, at):
+        normal = F.instance_norm if norm == "instance" else lambda y: F.group_norm(y, 8)
+
+        def slope(t, z):
+            y = F.softplus(conv(normal(z), f"{at}.field.conv0"))
+            return F.softplus(conv(normal(y), f"{at}.field.conv1")) + z
+
+        return torchdiffeq.odeint(slope, z, torch.tensor([0.0, 1.0], dtype=z.dtype), method="rk4")[-1]
+
+    def attend(z, at):  # what comes out of attention replaces the state
+        if f"{at}.attention.norm.gain" not in weights:
+            return z
+        y = F.normalize(z, dim=1) * weights[f"{at}.attention.norm.gain"][:, None, None] * z.shape[1] ** 0.5
+        q, k, v = conv(y, f"{at}.attention.qkv").reshape(len(z), 3, 4, 32, -1).unbind(1)
+        seen = torch.softmax(q.mT @ k / 32**0.5, dim=-1) @ v.mT
+        return conv(seen.mT.reshape(len(z), 128, *z.shape[2:]), f"{at}.attention.out")
+
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    z = F.softplus(conv(F.instance_norm(F.softplus(conv(F.instance_norm(x), "stem.conv0"))), "stem.conv1"))
+    skips = []
+    for size in (16, 8, 4):
+        at = f"enc.{size}x{size}_ode"
+        if size < 16:
+            z = F.interpolate(F.softplus(conv(z, f"{at}.change")), scale_factor=0.5, mode="bilinear")
+        skips.append(solve(z, at))
+        z = attend(skips[-1], at)
+    for size in (8, 16):
+        at, skip = f"dec.{size}x{size}_ode", skips[{8: 1, 16: 0}[size]]
+        z = torch.cat([F.interpolate(z, scale_factor=2.0, mode="bilinear"), skip], dim=1)
+        z = attend(solve(F.softplus(conv(z, f"{at}.change")), at), at)
+    torch.testing.assert_close(net(x, torch.zeros(2), None)[0], conv(z, "out_conv"), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 def test_the_released_network_never_sees_the_noise_level():
     x, sigma, _ = batch()
     net = made(SMALL_RELEASED).unet.eval()
@@ -112,6 +162,19 @@ def test_the_block_is_of_second_order():
     )
     after, _ = block(z, torch.randn(2, 256))
     torch.testing.assert_close(after, torch.cat([z[:, :8] + z[:, 8:], z[:, 8:]], dim=1))
+
+
+@torch.no_grad()
+def test_the_force_is_norm_convolution_softplus_norm_scale_and_shift_convolution():
+    torch.manual_seed(0)
+    field, z, film = PaperField(16), torch.randn(2, 16, 4, 4), torch.randn(2, 32, 1, 1)
+    for p in field.parameters():
+        p.normal_(0, 0.2)
+    y = F.group_norm(z, 8, field.norm0.weight, field.norm0.bias)
+    y = F.softplus(F.conv2d(y, field.conv0.weight, field.conv0.bias, padding=1))
+    y = F.group_norm(y, 8, field.norm1.weight, field.norm1.bias) * (1 + film[:, :16]) + film[:, 16:]
+    force = F.conv2d(y, field.conv1.weight, field.conv1.bias, padding=1)
+    torch.testing.assert_close(field(z, film), torch.cat([z[:, 8:], force], dim=1))
 
 
 @torch.no_grad()
