@@ -102,7 +102,7 @@ def _family(name: str, noise: dict, sigma_data: float, unit: float) -> Density:
     if name == "polynomial":
         ends = (sigma_min or RAMP[0], sigma_max or RAMP[1])
         ramp = Polynomial(noise.get("curve", 4.0), noise.get("rho", 7.0), *ends, sigma_data)
-        return ramp.discrete(noise["levels"]) if noise.get("levels") else ramp
+        return ramp.discrete(noise["levels"], noise.get("shift", False)) if noise.get("levels") else ramp
     shape, location, scale = _SYMMETRIC[name](noise)
     low = 2 * math.log(sigma_data / sigma_max) if sigma_max > 0 else -math.inf
     high = 2 * math.log(sigma_data / sigma_min) if sigma_min > 0 else math.inf

@@ -150,6 +150,7 @@ WRONG = [
     (["noise=fastddpm_uniform", "noise.floor=0.1"], "a discrete density (fastddpm-uniform) has no broad floor"),
     (["noise=polynomial", "noise.sigma_unit=sigma_data"], "polynomial levels lie between sigma_min and sigma_max"),
     (["noise.density=polynomial", "noise.sigma_min=90"], "noise.sigma_min=90: must be below sigma_max=80"),
+    (["noise=polynomial", "noise.shift=true"], "shifts the index of polynomial levels; add noise.levels=250"),
     (["noise=polynomial", "noise.levels=1"], "must be 0 (continuous) or at least 2"),
     (["noise.floor=1"], "must be below 1; try 0.05"),
     (["noise.floor=0.1", "noise.floor_sigma_min=90"], "must lie between 0 and floor_sigma_max=80.0"),

@@ -197,6 +197,22 @@ def test_discrete_polynomial_draws_are_the_papers_index():
     assert torch.allclose(noise.sigma_from_uniform(density, 1 - u, 0.5), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("levels", [20, 250])
+def test_shifted_polynomial_draws_are_the_papers_index(levels):
+    """round(u^c (N - 1) + n), n ~ N(N^(1/5), 1); beyond the ends without n: against a million draws of it."""
+    density = noise.density({"density": "polynomial", "curve": 4.0, "levels": levels, "shift": True}, 0.5)
+    torch.manual_seed(0)
+    place = torch.rand(1_000_000, dtype=torch.float64) ** 4 * (levels - 1)
+    index = (place + torch.randn(len(place), dtype=torch.float64) + levels**0.2).round()
+    index = torch.where((index < 0) | (index > levels - 1), place.round(), index).long()
+    shares = torch.bincount(index, minlength=levels) / len(index)
+    # levels rise with the index, logsnr falls
+    assert (density.mass.flip(0) - shares).abs().max() < 1.5e-3 and density.mass.sum().item() == pytest.approx(1)
+    assert torch.allclose(noise.sigma_from_logsnr(density.levels, 0.5), sampler.edm_grid(levels)[:-1], rtol=1e-9)
+    plain = noise.density({"density": "polynomial", "curve": 4.0, "levels": levels}, 0.5)
+    assert density.mass[-1] < 0.5 * plain.mass[-1], "the lowest level loses most"
+
+
 @pytest.mark.parametrize("which", ["uniform", "nonuniform"])
 def test_fast_ddpm_draws_the_levels_of_its_own_grid_equally(which):
     density = noise.density({"density": f"fastddpm-{which}"}, 0.5)

@@ -112,6 +112,7 @@ class Noise:
     curve: float = 4.0  # polynomial: levels sigma(u^curve) on the rho ramp; larger is less noise (arXiv 2404.06353)
     rho: float = 7.0  # polynomial
     levels: int = at_least(0, 0)  # polynomial: that many discrete levels; 0: continuous
+    shift: bool = False  # ... and their index shifted at random by N(levels^(1/5), 1), as the paper's code does
     sigma_min: float = at_least(0.0, 0.0)  # 0: no lower bound (polynomial: 0.002)
     sigma_max: float = at_least(0.0, 0.0)  # 0: no upper bound (polynomial: 80)
     floor: float = at_least(0.0, 0.0)  # share of draws that are uniform in logsnr over the next two; 0: none

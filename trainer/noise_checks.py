@@ -29,6 +29,10 @@ def check_noise(config: Config) -> None:
         _above_zero(f"noise.{key}", getattr(n, key))
     if n.levels == 1:
         raise ValueError("noise.levels=1: must be 0 (continuous) or at least 2; try 250")
+    if n.shift and not (n.density == "polynomial" and n.levels):
+        raise ValueError(
+            "noise.shift=true: shifts the index of polynomial levels; add noise.levels=250, or leave it out"
+        )
     _check_range(n)
     _check_floor(n)
     _check_curriculum(n)
