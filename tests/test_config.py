@@ -156,10 +156,21 @@ WRONG = [
     (["noise.floor=0.1", "noise.floor_sigma_min=90"], "must lie between 0 and floor_sigma_max=80.0"),
     (["noise.curriculum.over_images=1Mi"], "nothing moves"),
     (["noise.curriculum.to={P_mean: -1}"], "state in how many images the end is reached"),
-    (["noise.curriculum.to={b: 1}", "noise.curriculum.over_images=1Mi"], "lognormal moves P_mean, P_std"),
+    (
+        ["noise.curriculum.to={b: 1}", "noise.curriculum.over_images=1Mi"],
+        "lognormal moves P_mean, P_std, sigma_min, sigma_max",
+    ),
     (
         ["noise.curriculum.to={P_std: 0}", "noise.curriculum.over_images=1Mi"],
         "noise.curriculum.to.P_std=0.0: must be above 0",
+    ),
+    (
+        ["noise.curriculum.to={sigma_max: 80}", "noise.curriculum.over_images=1Mi"],
+        "moves from noise.sigma_max, which is not set; add noise.sigma_max=80",
+    ),
+    (
+        ["noise=polynomial", "noise.curriculum.to={sigma_max: 1e-3}", "noise.curriculum.over_images=1Mi"],
+        "ends at sigma_max=0.001, not above sigma_min=0.002",
     ),
     (["noise.curriculum.to={P_std: wide}", "noise.curriculum.over_images=1Mi"], "'wide' is no number"),
     (["noise.curriculum.shape=cubic"], "must be one of linear, sinusoidal, high_noise"),

@@ -64,6 +64,17 @@ def test_a_moving_density_is_followed():
         assert (logsnr - logsnr.median()).abs().mean().item() == pytest.approx(0.5 + 0.25 * gone, rel=0.02)
 
 
+def test_a_range_may_move():
+    """More noise as training goes on: the highest level rises, and every draw lies within the range of its block."""
+    noise = levels(
+        *("noise=laplace", "noise.b=3", "noise.sigma_min=0.01", "noise.sigma_max=1"),
+        *("noise.curriculum.to={sigma_max: 9, sigma_min: 0.05}", MOVES[2]),
+    )
+    for position, low, high in ((0, 0.01, 1.0), (4096, 0.03, 5.0), (8192, 0.05, 9.0), (100_000, 0.05, 9.0)):
+        sigma = noise.at(torch.arange(position // 1024 * 1024, position // 1024 * 1024 + 1024))
+        assert low <= sigma.min() < 1.2 * low and 0.9 * high < sigma.max() <= high
+
+
 def test_every_aligned_block_has_one_level_in_each_stratum_and_the_marginal_is_the_density():
     noise = levels("noise=laplace")
     density = noise.density(0)

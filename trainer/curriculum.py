@@ -8,15 +8,16 @@ import math
 
 BLOCK = 1024  # samples that share one density; steps of 2^k up to it stay exactly stratified
 
+RANGE = ("sigma_min", "sigma_max")  # move where they are set: 0 is no end of a range
 # which parameters a density has; those that count are rounded up
 PARAMETERS = {
-    "lognormal": ("P_mean", "P_std"),
-    "laplace": ("mu", "b"),
-    "cosine": ("mu", "s"),
-    "cauchy": ("mu", "gamma"),
-    "flow": ("mu",),
-    "logit_normal": ("logit_mean", "logit_std"),
-    "polynomial": ("curve", "rho", "levels"),
+    "lognormal": ("P_mean", "P_std", *RANGE),
+    "laplace": ("mu", "b", *RANGE),
+    "cosine": ("mu", "s", *RANGE),
+    "cauchy": ("mu", "gamma", *RANGE),
+    "flow": ("mu", *RANGE),
+    "logit_normal": ("logit_mean", "logit_std", *RANGE),
+    "polynomial": ("curve", "rho", "levels", *RANGE),
     "fastddpm-uniform": (),
     "fastddpm-nonuniform": (),
 }

@@ -82,8 +82,10 @@ def _check_range(n: Noise) -> None:
 
 def _check_reach(n: Noise) -> None:
     """Refuse noise levels that fp32 cannot compute with: of the ends of a range, and of a density that is not cut there."""
-    for key in ("sigma_min", "sigma_max", "floor_sigma_min", "floor_sigma_max"):
-        value = getattr(n, key)
+    ends = [(key, getattr(n, key)) for key in ("sigma_min", "sigma_max", "floor_sigma_min", "floor_sigma_max")]
+    for key, value in ends + [
+        (f"curriculum.to.{k}", n.curriculum.to[k]) for k in curriculum.RANGE if k in n.curriculum.to
+    ]:
         if value and not LOWEST <= value <= HIGHEST:
             raise ValueError(
                 f"noise.{key}={value:g}: must lie between {LOWEST:g} and {HIGHEST:g}, for fp32; try 0.002 or 80"
@@ -133,10 +135,17 @@ def _check_curriculum(n: Noise) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         c.to[key] = end
-        if key in _WIDTHS:
+        if key in (*_WIDTHS, *curriculum.RANGE):
             _above_zero(name, end)
+        if key in curriculum.RANGE and not getattr(n, key):
+            raise ValueError(f"{name}={end:g}: moves from noise.{key}, which is not set; add noise.{key}={end:g}")
         if key == "levels" and (end < 2 or n.levels < 2):
             raise ValueError(f"{name}={end:g}: levels move from 2 or more to 2 or more; set noise.levels=20")
+    low, high = (c.to.get(key, getattr(n, key)) for key in curriculum.RANGE)
+    if high and high <= low:
+        raise ValueError(
+            f"noise.curriculum.to: ends at sigma_max={high:g}, not above sigma_min={low:g}; widen the range"
+        )
 
 
 def _check_learning(n: Noise) -> None:
