@@ -94,8 +94,9 @@ def test_a_compiled_network_is_the_eager_one(device, activations, dropout, check
         found, its_gradients = step(fused, compiled, device, seed, dropout)
         assert error(found, losses) < bound, seed
         for name, of_gradient in errors(its_gradients, gradients).items():
-            # 16 bits leave the sums over pixels and samples more than an output
-            assert of_gradient < (10 * bound if activations == "bf16" else bound), (seed, name)
+            # eager bf16 against fp32, on a CPU, over seeds: 3e-4 of the losses, 1.1e-2 of the worst gradient (fp32: 7e-7 between
+            # two algorithms); two roundings, of two devices, are root two times that
+            assert of_gradient < (3 * bound if activations == "bf16" else bound), (seed, name)
 
 
 @pytest.mark.parametrize(("device", "fused"), [CPU_COMPILED, *ON_GPU])
@@ -109,7 +110,7 @@ def test_prepared_weights_are_the_cast_ones(device, fused):
         (losses, expected), (found, gradients) = step(plain, plain, "cpu", seed), step(ahead, forward, device, seed)
         assert error(found, losses) < BOUNDS["bf16"], seed
         whole = [torch.cat([g.detach().cpu().flatten() for g in all_.values()]) for all_ in (gradients, expected)]
-        assert error(*whole) < 3 * BOUNDS["bf16"] and all(g.is_contiguous() for g in gradients.values()), seed
+        assert error(*whole) < BOUNDS["bf16"] and all(g.is_contiguous() for g in gradients.values()), seed
         for net in (plain, ahead):
             with torch.no_grad():
                 for i, p in enumerate(net.parameters()):

@@ -286,6 +286,13 @@ def test_activations_are_those_of_training_on_a_gpu_alone(tmp_path):
         drawing(path, "--activations", "half")
 
 
+@pytest.mark.parametrize(("activations", "left"), [("fp32", False), ("bf16", True)])
+def test_fp32_is_not_tf32(snapshot, monkeypatch, activations, left):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    drawing(snapshot, "--activations", activations)
+    assert torch.backends.cudnn.allow_tf32 is left
+
+
 def test_a_folder_of_other_activations_is_not_gone_on_with(snapshot, tmp_path, capsys):
     options = ["--out", tmp_path / "f", "--steps", 1, "--per-class", 1]
     assert run(snapshot, *options) == 0 and "activations" not in json.loads(

@@ -127,6 +127,8 @@ def open_drawing(path: Path, options: argparse.Namespace, settings: Settings) ->
     """Load what the options name; return it with the origin of its images."""
     devices.checked(options.device)
     activations = activations_of(options, path, read_header(path))
+    if activations == "fp32":  # as said: torch would let cuDNN convolve in TF32, with the mantissa of fp16
+        torch.backends.cudnn.allow_tf32 = False
     network, header = load_denoiser(path, activations, options.device)
     guide, origin = None, {"snapshot": path.name, **_identity(header), **dataclasses.asdict(settings)}
     if activations != "fp32":  # folders of pictures that were begun before it was said go on
