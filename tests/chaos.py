@@ -128,7 +128,7 @@ class Life:
     def trained(self) -> int:
         return sum(path.stat().st_size for path in self.audit.glob("*")) if self.audit.is_dir() else 0
 
-    def until(self, condition, seconds: float = 60) -> bool:
+    def until(self, condition, seconds: float = 180) -> bool:
         """Wait for a condition while all ranks live; say whether it came."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -257,7 +257,7 @@ class Chaos:
         if kind in ("SIGTERM", "SIGUSR2", "SIGTERM, then SIGUSR2"):
             for name in kind.split(", then "):
                 life.send(signal.Signals[name], [rank])
-            life.end(60)
+            life.end(180)
         elif kind == "full disk":
             self.fill_disk(1.0 + 3.0 * draw)
         elif "checkpoint" in kind and not kind.startswith("SIGKILL"):

@@ -4,6 +4,7 @@ The function lives at the top level of a test module and is called in a process 
 a server that has the heavy libraries loaded, since importing them takes a rank five seconds of CPU time.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -123,7 +124,8 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -10,22 +10,23 @@ import time
 import pytest
 
 from tests.gloo import ROOT
-from tests.test_resume import data, finish, start, wait_for_clock  # noqa: F401 - data is a fixture
+from tests.test_resume import BATCH, data, finish, start, wait_for_clock  # noqa: F401 - data is a fixture
 from trainer import watchdog
 from trainer.stop import START_AGAIN
 
 
 def test_a_hanging_rank_is_named_by_the_others_and_the_run_goes_on_afterwards(data, tmp_path):  # noqa: F811
     run = tmp_path / "run"
-    ranks = start(run, data, "engine.hang_seconds=3")
+    ranks = start(run, data, "engine.hang_seconds=5", "duration_images=1Mi")
     wait_for_clock(run, 128, ranks)
-    os.kill(ranks.processes[1].pid, signal.SIGSTOP)
-    assert ranks.processes[0].wait(60) == START_AGAIN, ranks.output()
+    ranks.processes[1].send_signal(signal.SIGSTOP)
+    assert ranks.processes[0].wait(180) == START_AGAIN, ranks.output()
     ranks.kill()
     assert "rank 1 hangs" in ranks.output() and "rank 1: no answer" in ranks.output()
     stacks = next((run / "logs").glob("*_rank0.stacks")).read_text()
     assert "trainer/train.py" in stacks, "the stack shows where the main thread stood"
-    finish(run, data)
+    saved = json.loads((run / "state.json").read_text())["last_checkpoint"]
+    finish(run, data, f"duration_images={saved + 4 * BATCH}")
     assert json.loads((run / "state.json").read_text())["status"] == "finished"
 
 
@@ -57,7 +58,7 @@ def test_patience_is_a_number_of_usual_steps(tmp_path, monkeypatch, step, most):
 
 
 def test_a_watch_outlasts_a_disk_that_takes_no_files(tmp_path, capsys):
-    one = watchdog.Watchdog(tmp_path, 0, 1, 1, 0.2)
+    one = watchdog.Watchdog(tmp_path, 0, 1, 1, 1)
     one.alive("checkpoint")
     (tmp_path / "logs").rename(tmp_path / "gone")
     while "cannot tell the others" not in capsys.readouterr().err:
