@@ -271,6 +271,15 @@ def test_presets_cost_a_quarter_of_their_edm2(name, other):
             "model.residual_balance=0.4: means nothing to the family unode mp",
         ),
         ({"family": "ddpm_unet", "dropout": 0.1}, "model.dropout=0.1: means nothing to the family ddpm_unet"),
+        (
+            {"family": "unode", "model_channels": 33},
+            "model.model_channels=33: makes a level of 33 channels, and unode mp needs a multiple of 2; try 34",
+        ),
+        ({"family": "ddpm_unet", "model_channels": 12}, "12 channels, and ddpm_unet needs a multiple of 8; try 16"),
+        (
+            {"family": "unode", "model_channels": 12, "ode": {"mode": "paper", "solver": "rk4"}},
+            "12 channels, and unode paper needs a multiple of 8; try 16",
+        ),
         ({"ode": {"steps": 3}}, "model.ode.steps=3: means nothing to the family edm2"),
         ({"family": "unode", "ode": {"mode": "paper"}}, "model.ode.solver=split: .* set model.ode.solver=rk4"),
         ({"family": "unode", "ode": {"adjoint": True}}, "model.ode.adjoint=true: needs a Runge-Kutta solver"),

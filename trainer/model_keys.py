@@ -32,8 +32,21 @@ def check_model(model: Model, engine: Engine) -> None:
             if key == "ode":
                 key, value = _first_difference(model.ode)
             raise ValueError(f"model.{key}={value}: means nothing to the family {kind}; remove it")
+    _check_widths(model, kind)
     if model.family == "unode":
         _check_ode(model, engine)
+
+
+def _check_widths(model: Model, kind: str) -> None:
+    """Refuse widths that cannot be halved into position and velocity, or have no 8 groups to normalise."""
+    grouped = kind in ("ddpm_unet", "unode paper") or kind == "unode released" and model.ode.norm == "group"
+    unit = 8 if grouped else 2 if model.family == "unode" else 1
+    for width in (model.model_channels * mult for mult in model.channel_mult):
+        if width % unit:
+            raise ValueError(
+                f"model.model_channels={model.model_channels}: makes a level of {width} channels, and {kind} needs a multiple of "
+                f"{unit}; try {-(-model.model_channels // unit) * unit}"
+            )
 
 
 def _check_ode(model: Model, engine: Engine) -> None:
