@@ -55,7 +55,7 @@ def test_a_preset_is_composed_as_hydra_does(preset):
         (["--loop", "bare"], "--loop: goes with --preset"),
         (
             ["--preset", "xs", "--table", "sampling", "--profile", "x"],
-            "--profile: goes with --preset, and with no other table",
+            "--profile: goes with --preset",
         ),
         (["model.num_blocks=1"], "model.num_blocks=1: overrides go with --preset"),
         (["--table", "sampling", "model.num_blocks=1"], "model.num_blocks=1: overrides go with --preset"),

@@ -6,12 +6,17 @@ real step of presets on this device (trainer/preset_benchmark.py).
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from data_pipeline.command import command_line
 from trainer import optimizer_benchmark, preset_benchmark, sampling_benchmark, step_benchmark
 
-# options that mean something with --preset alone
-OF_PRESETS = ("loop", "reference", "profile")
+# which tables know an option, where not all do; "preset" is the real step of presets
+OF_TABLES = {
+    **dict.fromkeys(("loop", "reference", "profile", "micro_batch", "rounds"), ("preset",)),
+    **dict.fromkeys(("preset", "overrides"), ("preset", "sampling", "fusion")),
+    **{"batch": ("sampling", "fusion"), "compiled": ("sampling",), "decoder": ("sampling",), "way": ("step",)},
+}
 
 
 def add_preset_options(parser: argparse.ArgumentParser) -> None:
@@ -48,31 +53,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     add_preset_options(parser)
     options = parser.parse_intermixed_args(argv)
-    return _chosen(options)(options)
+    return _chosen(options, parser.get_default)(options)
 
 
-def _chosen(options: argparse.Namespace):
+def _chosen(options: argparse.Namespace, default: Callable):
     """Return what measures and prints the table that is asked for; ValueError for options that it does not know."""
-    of_presets = [f"--{name}" for name in OF_PRESETS if getattr(options, name)]
-    if of_presets and (options.table in ("sampling", "fusion") or not options.preset):
-        raise ValueError(f"{of_presets[0]}: goes with --preset, and with no other table")
-    if options.table == "fusion":
+    kind = "preset" if options.preset and options.table == "step" else options.table
+    if options.overrides and not options.preset and kind != "fusion":
+        raise ValueError(f"{options.overrides[0]}: overrides go with --preset")
+    for name, tables in OF_TABLES.items():
+        value = getattr(options, name)
+        if kind in tables or not value or value == default(name):
+            continue
+        told = value[0] if name == "overrides" else f"--{name.replace('_', '-')}"
+        ways = ["--preset" if table == "preset" else f"--table {table}" for table in tables]
+        raise ValueError(f"{told}: goes with {' or '.join(ways)}")
+    if options.device == "cuda" and kind in ("step", "optimizer"):
+        raise ValueError(f"--device cuda: the table {kind} is of CPUs; with --preset the real step is measured")
+    if kind == "fusion":
         from trainer import fusion_benchmark  # the compiler's own modules: seconds to import
 
         return fusion_benchmark.run
-    if options.decoder and options.table != "sampling":
-        raise ValueError(f"--decoder {options.decoder}: goes with --table sampling")
-    if options.device == "cuda" and not options.preset and options.table in ("step", "optimizer"):
-        raise ValueError(
-            f"--device cuda: the table {options.table} is of CPUs; with --preset the real step is measured"
-        )
-    if options.overrides and not options.preset:
-        raise ValueError(f"{options.overrides[0]}: overrides go with --preset")
-    if options.table == "sampling":
-        return sampling_benchmark.run
-    if options.preset:
-        return preset_benchmark.run
-    return optimizer_benchmark.run if options.table == "optimizer" else step_benchmark.run
+    tables = {"sampling": sampling_benchmark, "preset": preset_benchmark, "optimizer": optimizer_benchmark}
+    return tables.get(kind, step_benchmark).run
 
 
 if __name__ == "__main__":
