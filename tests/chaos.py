@@ -23,11 +23,9 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
 
-# loaded once, for all ranks: two of them by the first engine otherwise, three quarters of a start's CPU time
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
-import torch._dynamo
 
+import tests.libraries  # noqa: F401 - loaded once, for all ranks
 from data_pipeline import encode
 from tests.gloo import free_port
 from tests.test_resume import OVERRIDES, ROOT, snapshots_of, state_of

@@ -115,16 +115,16 @@ def undisturbed(data, tmp_path_factory) -> Path:
     return run
 
 
-SIGTERM = pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)
+SIGTERM = pytest.param(signal.SIGTERM, 75, False, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("number, status", [SIGTERM, (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+# not forked: the command as a user starts it
+@pytest.mark.parametrize("number, status, fork", [SIGTERM, (signal.SIGUSR2, 75, True), (signal.SIGINT, 130, False)])
 def test_a_signal_to_one_rank_stops_all_at_one_boundary_and_nothing_is_lost(
-    number, status, data, undisturbed, tmp_path
+    number, status, fork, data, undisturbed, tmp_path
 ):
     run = tmp_path / "run"
-    # not forked: the command as a user starts it
-    ranks, statuses = disturbed(run, data, 2 * BATCH, lambda r: r.processes[1].send_signal(number), fork=False)
+    ranks, statuses = disturbed(run, data, 2 * BATCH, lambda r: r.processes[1].send_signal(number), fork=fork)
     assert statuses == [status, status], ranks.output()
     state = json.loads((run / "state.json").read_text())
     assert state["status"] == "stopped" and 0 < state["clock"] == state["last_checkpoint"] < STEPS * BATCH
