@@ -82,6 +82,19 @@ def provenance(header: dict, path: Path) -> dict:
     return {"file": path.name, "digest": content} | {k: header[k] for k in _RECORDED if header.get(k)}
 
 
+def begin(config: Config, module, manifest, say) -> dict | None:
+    """Fill a new run's network with the weights that `start_from` names, if any; return where they come from."""
+    if not config.start_from:
+        return None
+    path = Path(config.start_from)
+    header = check(config)
+    for line in doubts(header, manifest):
+        say(line)
+    load(module, path)
+    say(f"the weights of {path}; the optimizer, the averages and the clock start afresh")
+    return provenance(header, path)
+
+
 def load(module, path: Path) -> None:
     """Fill a whole module on the CPU with the file's weights and buffers, rows at the fixed point of the normalisation.
 

@@ -1,9 +1,9 @@
-"""Which sources are running: the commit that snapshots, checkpoints and metrics name."""
+"""What snapshots and checkpoints say of where they come from: the commit that is running, and the config."""
 
 import json
 import subprocess
 
-from trainer.config import ROOT
+from trainer.config import ROOT, Config, digest, to_dict
 
 
 def commit() -> str:
@@ -18,3 +18,30 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):  # no git on a compute node
         return ""
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
+
+
+def header(config: Config, manifest, origin: dict | None) -> dict:
+    """Return what every snapshot of a run says of its network and data; `origin`: which weights the run began with."""
+    data = {
+        "codec": manifest.codec,
+        "codec_hash": manifest.codec_hash,
+        "moments": manifest.moments,
+        "mean": list(manifest.mean),
+        "std": list(manifest.std),
+        "shape": list(manifest.shape),
+        "label_dim": manifest.label_dim,
+        "digest": manifest.digest,
+    }
+    if config.data.heldout:  # absent where nothing is, so that snapshots of earlier versions stay of one series
+        data["heldout"] = config.data.heldout
+    came_from = {"origin": origin} if origin else {}  # a series begun by an earlier version stays one
+    return came_from | {
+        "kind": "ema",
+        "model": to_dict(config)["model"],
+        "activations": config.engine.activations,
+        "noise": to_dict(config)["noise"],
+        "data": data,
+        "update_interval_images": config.global_batch,
+        "config_hash": digest(config),
+        "dtype": config.snapshots.dtype,
+    }

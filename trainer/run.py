@@ -63,7 +63,10 @@ class Run:
         self.weighting |= {"gamma": loss.gamma, "k": loss.p2_k}
         found = self._checkpoint()
         module = build_denoiser(config)
-        self.origin = self._begin(module) if found is None else checkpoint.origin_of(found)
+        if found is None:
+            self.origin = origin.begin(config, module, self.examples.manifest, self.say)
+        else:
+            self.origin = checkpoint.origin_of(found)
         self.engine = Engine(config, module)
         held = ", ".join(f"{kind} {n / 2**20:.1f} MiB" for kind, n in self.engine.held_bytes().items())
         self.say(f"rank 0 of {self.world} holds, ZeRO stage {config.engine.zero_stage}: {held}")
@@ -120,18 +123,6 @@ class Run:
             )
         return found
 
-    def _begin(self, module) -> dict | None:
-        """Fill a new run's network with the weights that `start_from` names, if any; return where they come from."""
-        if not self.config.start_from:
-            return None
-        path = Path(self.config.start_from)
-        header = origin.check(self.config)
-        for line in origin.doubts(header, self.examples.manifest):
-            self.say(line)
-        origin.load(module, path)
-        self.say(f"the weights of {path}; the optimizer, the averages and the clock start afresh")
-        return origin.provenance(header, path)
-
     def _restore(self, found: Path | None) -> dict:
         """Load the checkpoint that was found, or begin at 0; return its extras, {} without one."""
         config = self.config
@@ -160,7 +151,13 @@ class Run:
         votes, snapshots, checkpoints = (self._group(timedelta(seconds=patience)) for _ in range(3))
         self.stop.vote_in(votes)
         commit = provenance.commit()
-        header = self._snapshot_header(commit)
+        header = provenance.header(config, self.examples.manifest, self.origin) | {
+            "run": folder.name,
+            "life": self.state.attempt,
+            "life_start": self.clock,
+            "commit": commit,
+            "parent": self.state.values["parent"],
+        }
         self.snapshots = SnapshotWriter(folder, header, self.rank, self.world, snapshots, patience)
         c = config.checkpoints
         self.checkpoints = CheckpointWriter(
@@ -178,37 +175,6 @@ class Run:
 
     def _group(self, timeout: timedelta):
         return dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
-
-    def _snapshot_header(self, commit: str) -> dict:
-        manifest, config = self.examples.manifest, self.config
-        data = {
-            "codec": manifest.codec,
-            "codec_hash": manifest.codec_hash,
-            "moments": manifest.moments,
-            "mean": list(manifest.mean),
-            "std": list(manifest.std),
-            "shape": list(manifest.shape),
-            "label_dim": manifest.label_dim,
-            "digest": manifest.digest,
-        }
-        if config.data.heldout:  # absent where nothing is, so that snapshots of earlier versions stay of one series
-            data["heldout"] = config.data.heldout
-        came_from = {"origin": self.origin} if self.origin else {}  # a series begun by an earlier version stays one
-        return came_from | {
-            "kind": "ema",
-            "model": to_dict(config)["model"],
-            "activations": config.engine.activations,
-            "noise": to_dict(config)["noise"],
-            "data": data,
-            "update_interval_images": config.global_batch,
-            "run": self.folder.name,
-            "life": self.state.attempt,
-            "life_start": self.clock,
-            "commit": commit,
-            "config_hash": digest(config),
-            "parent": self.state.values["parent"],
-            "dtype": config.snapshots.dtype,
-        }
 
     def say(self, line: str) -> None:
         """Print a line to the log, from rank 0."""
