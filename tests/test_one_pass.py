@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainer.optimizer import MagnitudeAdam
 TENSORS = [(5, 45, 0, 225), (4, 33, 17, 120), (3, 70, 75, 130), (3, 1700, 0, 5100), (1, 1, 0, 1), (6, 16, 16, 96),
            (5, 31, 2, 153)]  # fmt: skip
 PLAIN = (4, 6)  # have no rows: a gain, and a weight that is not normalised
+OTHERS = 5  # elements of other tensors behind each
 CHUNK = 64  # elements at which such a weight is cut
 CASES = [((0.05, 0.10), ()), ((), ()), ((0.05, 0.10, 0.2), (2, 3))]  # tracked lengths, steps with a non-finite gradient
 
@@ -36,15 +38,16 @@ def trained(device: str, one_pass: bool, sigma_rel=(0.05, 0.10), poisoned=(), po
     generator = torch.Generator().manual_seed(0)
     flats, fragments = [], []
     for i, (rows, n, first, last) in enumerate(TENSORS):
-        flat = torch.randn(last - first + 3, generator=generator).to(device)
+        flat = torch.randn(last - first + 3 + OTHERS, generator=generator).to(device)
         parameter = torch.nn.Parameter(flat)
         flats.append(parameter)
-        master = parameter.detach()[3:]  # not aligned
+        master = parameter.detach()[3:-OTHERS]  # not aligned
         fragments.append(Fragment(f"t{i}", (rows, n), first, master, 0 if i in PLAIN else n, parameter, 3))
     adam = torch.optim.Adam(flats, lr=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True)
     ema = ShardedEma(fragments, sigma_rel) if sigma_rel else None
     optimizer = MagnitudeAdam(adam, fragments, ema, policy, one_pass=one_pass)
     assert len(optimizer.layout.cut_lengths) == 3 and len(optimizer.layout.whole) == 4
+    beginning = [p.detach().clone() for p in flats]
     for step in range(1, steps + 1):
         for p in flats:
             p.grad = torch.randn(p.shape, generator=generator).to(device)
@@ -54,6 +57,12 @@ def trained(device: str, one_pass: bool, sigma_rel=(0.05, 0.10), poisoned=(), po
         adam.step()
     moments = [f.state(adam, key) for key in ("exp_avg", "exp_avg_sq") for f in fragments]
     averages = [t for average in ema.averages for t in average] if ema else []
+    if one_pass:
+        for flat, before in zip(flats, beginning, strict=True):
+            changed = [
+                t != 0 for t in (flat.detach() - before, *(adam.state[flat][key] for key in ("exp_avg", "exp_avg_sq")))
+            ]
+            assert not any(c[:3].any() or c[-OTHERS:].any() for c in changed), "what lies beside was written to"
     counts = [s["step"].cpu() for s in adam.state.values()]
     return [t.cpu() for t in [*(f.master for f in fragments), *moments, *averages]], counts, optimizer
 
@@ -158,25 +167,38 @@ def interpreted() -> None:
     import trainer.optimizer
 
     trainer.optimizer.OnePass = Interpreted
-    one_pass_triton.BLOCK, one_pass.CHUNK = 64, CHUNK  # several blocks to a row here too
+    one_pass.CHUNK = CHUNK
+    # several blocks to a row here too, and rows of both lengths
+    one_pass_triton.SHORT, one_pass_triton.LONG, one_pass_triton.LONG_FROM = (64, 8), (128, 32), 60
     check_same("cpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (pip install '.[test-extras]')")
 @pytest.mark.extras
-def test_the_triton_kernel_compiles_for_hopper():
+def test_the_triton_kernel_compiles_for_hopper(tmp_path):
     """Without a GPU: to the machine code of one."""
     import triton
+    import triton.backends.nvidia as nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from trainer.one_pass_triton import _step
+    from trainer.one_pass_triton import LONG, SHORT, _step
 
     kinds = ["*i64", "*i64", "*fp32", "*fp64", "*fp32", "*fp32", "i32", "i32", "fp32", "fp32", "fp32", "fp32", "fp32"]
     signature = dict(zip(_step.arg_names, kinds, strict=False)) | {"AVERAGES": "constexpr", "BLOCK": "constexpr"}
-    constants = {(_step.arg_names.index("AVERAGES"),): 2, (_step.arg_names.index("BLOCK"),): 1024}
-    compiled = triton.compile(ASTSource(_step, signature, constants), target=GPUTarget("cuda", 90, 32))
-    assert "cubin" in compiled.asm
+    for block, warps in (SHORT, LONG):
+        constants = {(_step.arg_names.index("AVERAGES"),): 2, (_step.arg_names.index("BLOCK"),): block}
+        source = ASTSource(_step, signature, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        assert "cubin" in compiled.asm
+        # how a multiprocessor's 64 Ki registers limit what is in flight: no more than 64 a thread, none spilt
+        program = tmp_path / "one_pass.ptx"
+        program.write_text(compiled.asm["ptx"])
+        assembler = next((Path(nvidia.__file__).parent / "bin").glob("ptxas*"))
+        command = [assembler, "-v", "-arch=sm_90a", program, "-o", tmp_path / "one_pass.cubin"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert int(re.search(r"Used (\d+) registers", told)[1]) <= 64 and " 0 bytes spill stores" in told, told
+        assert "L2::evict_last" in compiled.asm["ptx"] and "L2::evict_first" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 127, 128, 129, 1000, 4099])

@@ -1,7 +1,8 @@
-"""The Triton kernel of the optimizer's one pass (one_pass.py): a program per segment, one launch per step.
+"""The Triton kernel of the optimizer's one pass (one_pass.py): a program per segment, a launch for long and one for short ones.
 
 44 bytes a parameter with two averages: weights, gradients, moments and averages are read once (what a program reads again lies in
-L2), all but the gradients are written once. Gradients are left as they were: nothing reads them after the step.
+L2, where no more rows are in flight than fit), all but the gradients are written once. Gradients are left as they were: nothing
+reads them after the step.
 """
 
 import torch
@@ -10,7 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 EPS = tl.constexpr(1e-4)  # models/magnitude.py
-BLOCK = 1024
+# (elements at a time, warps): 4 elements a thread and 64 registers, so that a multiprocessor of Hopper holds 4 programs for short
+# segments, 1 for long ones. Weights and gradients of all rows in flight are read twice, and must stay in L2 (50 MB) meanwhile:
+# 8 bytes x 132 multiprocessors x 4 x 8192 are 35 MB, 8 x 132 x 27,648 (the longest of XL) 29 MB
+SHORT, LONG = (1024, 8), (4096, 32)
+LONG_FROM = 8193
+# to L2, which the rows in flight fill: what a program reads again stays, what it passes by once goes first
+KEPT, PASSING = tl.constexpr("evict_last"), tl.constexpr("evict_first")
 
 
 @triton.jit
@@ -38,8 +45,8 @@ def _step(
         if kind == -1:
             ww, wg = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
             for at in range(0, n, BLOCK):
-                a = tl.load(w + at + lanes, mask=at + lanes < n, other=0.0)
-                b = tl.load(g + at + lanes, mask=at + lanes < n, other=0.0)
+                a = tl.load(w + at + lanes, mask=at + lanes < n, other=0.0, eviction_policy=KEPT)
+                b = tl.load(g + at + lanes, mask=at + lanes < n, other=0.0, eviction_policy=KEPT)
                 ww += a * a
                 wg += a * b
             square, dot = tl.sum(ww, 0), tl.sum(wg, 0)
@@ -57,27 +64,31 @@ def _step(
         inside = here < n
         x = tl.load(w + here, mask=inside, other=0.0)
         if not still:
-            grad = (tl.load(g + here, mask=inside, other=0.0) - along * x) * scale
-            old = tl.load(m + here, mask=inside, other=0.0)
+            grad = (tl.load(g + here, mask=inside, other=0.0, eviction_policy=PASSING) - along * x) * scale
+            old = tl.load(m + here, mask=inside, other=0.0, eviction_policy=PASSING)
             mean = old + (1 - beta1) * (grad - old)
-            square_mean = beta2 * tl.load(v + here, mask=inside, other=0.0) + (1 - beta2) * grad * grad
+            old_square = tl.load(v + here, mask=inside, other=0.0, eviction_policy=PASSING)
+            square_mean = beta2 * old_square + (1 - beta2) * grad * grad
             x -= step_size * mean / (tl.sqrt(square_mean) / root + eps)
-            tl.store(m + here, mean, mask=inside)
-            tl.store(v + here, square_mean, mask=inside)
+            tl.store(m + here, mean, mask=inside, eviction_policy=PASSING)
+            tl.store(v + here, square_mean, mask=inside, eviction_policy=PASSING)
             tl.store(w + here, x, mask=inside)
             squares += x * x
         for i in tl.static_range(AVERAGES):
             e = _address(pointers, fragment, fragments, 4 + i, begin)
-            average, weight = tl.load(e + here, mask=inside, other=0.0), tl.load(weights + i)
+            average = tl.load(e + here, mask=inside, other=0.0, eviction_policy=PASSING)
+            weight = tl.load(weights + i)
             near, far = average + weight * (x - average), x - (x - average) * (1 - weight)
-            tl.store(e + here, tl.where(weight < 0.5, near, far), mask=inside)  # as torch.lerp: exact at both ends
+            lerped = tl.where(weight < 0.5, near, far)  # as torch.lerp: exact at both ends
+            tl.store(e + here, lerped, mask=inside, eviction_policy=PASSING)
 
     if (kind == -1) & (not still):
         factor = 1 / (tl.sqrt(tl.sum(squares, 0) / length) + EPS)
         tl.debug_barrier()  # what is read again was written above, perhaps by another thread
         for at in range(0, n, BLOCK):
             here = at + lanes
-            tl.store(w + here, tl.load(w + here, mask=here < n, other=0.0) * factor, mask=here < n)
+            x = tl.load(w + here, mask=here < n, other=0.0, eviction_policy=PASSING)
+            tl.store(w + here, x * factor, mask=here < n, eviction_policy=PASSING)
 
 
 class Kernel:
@@ -85,6 +96,9 @@ class Kernel:
 
     def __init__(self, segments: Tensor):
         self.segments, self._known, self._pointers = segments, (), None
+        num_long = int((segments[:, 2] >= LONG_FROM).sum())  # they come first
+        launches = (segments[:num_long], LONG), (segments[num_long:], SHORT)
+        self._launches = [(part, *shape) for part, shape in launches if len(part)]
 
     def __call__(self, masters, grads, first, second, averages, cut, corrections, masked, numbers, weights) -> None:
         addresses = tuple(t.data_ptr() for t in (*masters, *grads, *first, *second, *averages))
@@ -93,7 +107,8 @@ class Kernel:
             self._pointers = torch.tensor(addresses, dtype=torch.int64).to(self.segments.device, non_blocking=True)
         shared = cut.reshape(-1) if cut.numel() else masked.view(1)
         how_far = torch.tensor(weights or [0.0], dtype=torch.float32).to(self.segments.device, non_blocking=True)
-        _step[(len(self.segments),)](
-            self._pointers, self.segments, shared, corrections, masked, how_far, len(masters), cut.shape[1], *numbers,
-            AVERAGES=len(weights), BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
+        for part, block, warps in self._launches:
+            _step[(len(part),)](
+                self._pointers, part, shared, corrections, masked, how_far, len(masters), cut.shape[1], *numbers,
+                AVERAGES=len(weights), BLOCK=block, num_warps=warps,
+            )  # fmt: skip
