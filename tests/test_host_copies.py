@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.host_copies import to_host
+from trainer.host_copies import copy_to_host
 
 SHAPES = [(1,), (7, 13), (3, 5, 3, 3), (0,), (100_003,)]
 
@@ -15,7 +15,7 @@ def check(device: str, dtype) -> list[torch.Tensor]:
         torch.randn(4, 6, device=device).t(),
     ]  # of a flat partition; of no order
     expected = [t.cpu().to(dtype or t.dtype, copy=True) for t in tensors]
-    copies = to_host(tensors, dtype)
+    copies = copy_to_host(tensors, dtype)
     for t in tensors:
         t.fill_(7.0)
     for copy, was in zip(copies, expected, strict=True):
@@ -49,5 +49,5 @@ def test_a_copy_waits_for_what_the_device_has_still_to_do():
     a = torch.randn(4096, 4096, device="cuda")
     for _ in range(50):
         a = torch.nn.functional.normalize(a @ a)
-    [copy] = to_host([a])
+    [copy] = copy_to_host([a])
     assert torch.equal(copy, a.cpu())

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from data_pipeline.durable import sync_folder, write_atomically
 from trainer.checkpoint import VERSION, abandoned, hash_file, is_readable, list_checkpoints, seal, state
 from trainer.engine import Engine
-from trainer.host_copies import to_host
+from trainer.host_copies import copy_to_host
 from trainer.state import MAY_PASS, tell
 
 PATIENCE_SECONDS, RETRY_SECONDS = 60.0, 1.0  # with a disk that refuses a run's last checkpoint
@@ -77,7 +77,7 @@ class CheckpointWriter:
         there = {f"{kind}/{name}": t for kind, name, _, t in state(self.engine, owned)}
         if self.engine.rank == 0:
             there |= {f"buffer/{n}": b for n, b in self.engine.buffers().items()}
-        tensors = dict(zip(there, to_host(list(there.values())), strict=True))
+        tensors = dict(zip(there, copy_to_host(list(there.values())), strict=True))
         pieces = [[f.name, f.start, f.master.numel()] for f in owned]
         manifest = {
             "version": VERSION,

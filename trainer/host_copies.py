@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def to_host(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+def copy_to_host(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Return copies in host memory, cast where the tensors are (None: as they are), so that half the bytes travel.
 
     From a GPU they take up to twice their bytes: torch rounds each page-locked block up to a power of two, and keeps as much as was

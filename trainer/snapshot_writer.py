@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import tensor_file
-from trainer.host_copies import to_host
+from trainer.host_copies import copy_to_host
 from trainer.state import is_full, tell
 
 MAX_PENDING = 4  # jobs not yet assembled: beyond these, `submit` waits (two snapshots of two lengths)
@@ -91,7 +91,7 @@ class SnapshotWriter:
     def pieces(self, fragments: Iterable, average: Iterable[Tensor]) -> list[Piece]:
         """Copy an average's tensors, one per fragment, to host memory; MAX_PENDING + 2 such copies are there at most."""
         owned = list(zip(fragments, average, strict=False))  # at stage 0 only rank 0 owns the fragments
-        hosts = to_host([t for _, t in owned], self.dtype)
+        hosts = copy_to_host([t for _, t in owned], self.dtype)
         return [Piece(f.name, f.shape, f.start, host) for (f, _), host in zip(owned, hosts, strict=True)]
 
     def submit(
