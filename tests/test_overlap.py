@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from trainer.overlap import overlapped, to_host
+from trainer.host_copies import to_host
+from trainer.overlap import overlapped
 
 DEVICES = [
     "cpu",
@@ -33,7 +34,7 @@ def test_results_are_those_of_one_after_the_other(device):
             yield i, chain(torch.randn(size, size, generator=generator).to(device))
 
     def work(i, x):
-        return i, to_host(chain(x))
+        return i, to_host([chain(x)])[0]
 
     expected = [work(i, x) for i, x in items()]
     found = list(overlapped(work, items()))

@@ -47,13 +47,3 @@ def _on(stream, ready, work: Callable, made, x: Tensor):
                 stream
             )  # made on another stream: its memory is not to be used again before this one is done
         return work(made, x)
-
-
-def to_host(x: Tensor) -> Tensor:
-    """Return `x` on the CPU: from a GPU through pinned memory, waiting for the current stream alone."""
-    if x.device.type != "cuda":
-        return x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    torch.cuda.current_stream(x.device).synchronize()
-    return host
