@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from trainer.config import Config, check_batch, to_dict
 from trainer.ema import ShardedEma
 from trainer.fragments import Fragment, row_length, whole_fragments
 from trainer.optimizer import MagnitudeAdam
-from trainer.peers import meet
+from trainer.peers import CONNECTING_SECONDS, connected_within, meet
 
 # how long ranks wait at the start for the last of them, and a collective for one that neither comes nor dies
 MEETING_SECONDS, COLLECTIVE_SECONDS = 600.0, 600.0
@@ -33,9 +34,12 @@ def on_gpu() -> bool:
 
 
 def start_process_group(
-    meeting_seconds: float = MEETING_SECONDS, collective_seconds: float = COLLECTIVE_SECONDS
+    meeting_seconds: float = MEETING_SECONDS, collective_seconds: float = COLLECTIVE_SECONDS, run: Path | None = None
 ) -> tuple[int, int]:
-    """Join the process group that the environment describes (a group of one without it) and return (rank, world)."""
+    """Join the process group that the environment describes (a group of one without it) and return (rank, world).
+
+    Ends this rank where one dies while they connect; `run`'s state then says so.
+    """
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
@@ -56,7 +60,8 @@ def start_process_group(
     backend = "nccl" if on_gpu() else "gloo"
     store, rank, world = meet(meeting_seconds)
     timeout = timedelta(seconds=collective_seconds)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    with connected_within(max(meeting_seconds, CONNECTING_SECONDS), run):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)  # adopts the group
     return dist.get_rank(), dist.get_world_size()
 

@@ -24,6 +24,7 @@ FOREVER = timedelta(days=365)
 GRACE_SECONDS = (
     3.0  # for the training thread to end by itself: it may be about to fail for the same reason as the other rank
 )
+CONNECTING_SECONDS = 60.0  # at least: a thousand ranks take some, however short `engine.hang_seconds` is
 KNOCK_SECONDS = 0.2  # between attempts to reach rank 0, in the end: most ranks start at about the same time
 FAREWELL = -1  # instead of the rank that is gone
 TELLING_SECONDS = 0.5  # how much earlier than this thread a collective may hear that a rank is gone
@@ -69,7 +70,7 @@ def _await_first(until: float) -> None:
 
 
 @contextlib.contextmanager
-def connected_within(seconds: float, run: Path):
+def connected_within(seconds: float, run: Path | None):
     """End this rank where the block, in which all ranks connect, lasts longer: one that dies in it lets the others wait forever."""
 
     def give_up() -> None:
@@ -77,7 +78,8 @@ def connected_within(seconds: float, run: Path):
             f"not all ranks were connected within {seconds:.0f} s; the log of the one that is gone says why"
         )
         state.tell(f"error: {error}")
-        state.fail(run, error)
+        if run is not None:
+            state.fail(run, error)
         os._exit(1)
 
     timer = threading.Timer(seconds, give_up)

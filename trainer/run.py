@@ -30,7 +30,7 @@ from trainer.examples import Examples
 from trainer.loss import denoising_loss
 from trainer.meter import Meter
 from trainer.metrics import Metrics
-from trainer.peers import FOREVER, GRACE_SECONDS, Peers, connected_within
+from trainer.peers import CONNECTING_SECONDS, FOREVER, Peers, connected_within
 from trainer.snapshot_writer import SnapshotWriter
 from trainer.state import RunState, await_predecessor, tell
 from trainer.stop import Stop
@@ -79,11 +79,9 @@ class Run:
         """Find the other ranks; from the first collective on, somebody watches: on GPUs it would wait for a rank that is gone."""
         hang = self.config.engine.hang_seconds or MEETING_SECONDS
         self.patience = max(COLLECTIVE_SECONDS, 2 * PATIENCE_FACTOR * hang)
-        with connected_within(
-            2 * hang + GRACE_SECONDS, self.folder
-        ):  # finding each other takes up to `hang`, and says so
-            # the watchdog speaks first: a collective's own timeout names nobody
-            self.rank, self.world = start_process_group(hang, self.patience)
+        # the watchdog speaks first: a collective's own timeout names nobody
+        self.rank, self.world = start_process_group(hang, self.patience, self.folder)
+        with connected_within(max(hang, CONNECTING_SECONDS), self.folder):
             self.peers = Peers(self.folder, self.rank, self.world, self._group(FOREVER))
 
     def _agree_on_attempt(self) -> None:
