@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from trainer.host_copies import to_host
+from trainer.host_copies import copy_to_host
 from trainer.overlap import overlapped
 
 DEVICES = [
@@ -34,7 +34,7 @@ def test_results_are_those_of_one_after_the_other(device):
             yield i, chain(torch.randn(size, size, generator=generator).to(device))
 
     def work(i, x):
-        return i, to_host([chain(x)])[0]
+        return i, copy_to_host([chain(x)])[0]
 
     expected = [work(i, x) for i, x in items()]
     found = list(overlapped(work, items()))

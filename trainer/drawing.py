@@ -20,7 +20,7 @@ from data_pipeline.progress import Progress
 from models import sampler
 from trainer import draws, trained_range
 from trainer.compilation import compile_forward
-from trainer.host_copies import to_host
+from trainer.host_copies import copy_to_host
 from trainer.overlap import overlapped
 
 STREAM = "generate"
@@ -143,7 +143,7 @@ class Drawing:
 
     def decode(self, x: Tensor) -> Tensor:
         """Turn samples at training scale into pictures on the CPU."""
-        return to_host([self.pictures(x)])[0]
+        return copy_to_host([self.pictures(x)])[0]
 
     def decoded(self, positions: Sequence[int], batch: int) -> Iterator[tuple[list[int], Tensor]]:
         """Yield (positions, pictures on the CPU) in batches, each decoded while the next is drawn."""
