@@ -41,12 +41,14 @@ def sigma_from_logsnr(logsnr: Tensor, sigma_data: float) -> Tensor:
 
 
 def sigma_from_uniform(density: Density, uniform: Tensor, sigma_data: float) -> Tensor:
-    """Return float64 noise levels [N] for uniforms [N] in [0, 1]; the level falls as the uniform grows.
+    """Return float64 noise levels for uniforms in [0, 1] of any shape; the level falls as the uniform grows.
 
     The ends are kept a step of 2^-54 away, so that an unbounded density never yields 0 or infinity.
     """
     tiny = 2.0**-54
-    return sigma_from_logsnr(density.icdf(uniform.double().clamp(tiny, 1 - 2 * tiny)), sigma_data)
+    return sigma_from_logsnr(
+        density.icdf(torch.as_tensor(uniform, dtype=torch.float64).clamp(tiny, 1 - 2 * tiny)), sigma_data
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

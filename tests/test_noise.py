@@ -280,6 +280,7 @@ def test_the_ends_of_the_uniform_give_finite_levels():
             density = noise.density(parameters | more | cut, 0.5)
             sigma = noise.sigma_from_uniform(density, torch.tensor([0.0, 1.0], dtype=torch.float64), 0.5)
             assert torch.isfinite(sigma).all() and (sigma > 0).all()
+            assert noise.sigma_from_uniform(density, 0.5, 0.5).shape == ()
 
 
 MADE = {
