@@ -88,6 +88,19 @@ def test_the_schedule_goes_down_its_objective_and_stays_monotone_between_its_end
     assert line.diff().std() < 0.01 * line.diff().abs().mean()  # a smooth enough one is a line
 
 
+@pytest.mark.parametrize(("smoothness", "collapses"), [(None, False), (2e-3, True)])
+def test_the_configured_smoothness_keeps_the_schedule_from_collapsing_into_one_level(smoothness, collapses):
+    """By the loss per level of a real run on digits; at the smoothness of the paper's code a third of it is nearly one level."""
+    loss = (0.66, 0.35, 0.38, 0.36, 0.34, 0.33, 0.32, 0.37, 0.44, 0.55, 0.71, 0.85, 0.97, 0.94, 0.99, 0.93)
+    config = load(ROOT / "configs/quickstart.yaml", ["noise=learned"])
+    weight = smoothness or config.noise.learned.smoothness
+    state = noise_schedule.start(density({"P_mean": -0.4, "P_std": 1.0}, 0.5))
+    for _ in range(8):
+        state = noise_schedule.update(state, window(dict(zip(range(-8, 8), loss, strict=True))), weight)
+    logsnr = noise_schedule.learned(state).icdf(torch.tensor([0.05, 0.3], dtype=torch.float64))
+    assert (logsnr.diff().item() < 0.2) == collapses and math.isfinite(logsnr.sum())
+
+
 def parts(sigma, loss) -> LossParts:
     return LossParts(loss, loss, loss.log(), {}, sigma)
 

@@ -87,7 +87,7 @@ class LearnedSchedule:
 
     strength: float = at_least(0.0, 0.0)  # share of the draws that follows it; 0: off
     every_images: int = at_least(256 * 2**10, 1)  # between updates
-    smoothness: float = at_least(2e-3, 0.0)  # weight of the squared second derivative; the paper's code: 2 x 1e-3
+    smoothness: float = at_least(2e-2, 0.0)  # weight of the squared second derivative; the paper's code has 2 x 1e-3
 
 
 @dataclass

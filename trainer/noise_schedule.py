@@ -3,9 +3,10 @@
 Of that paper's four terms two remain: with one curve, falling by construction between fixed ends, L_beta (two heads agree) and
 L_prior (the end is noise) are constant. What is left is E_t |eps' - eps|^2, whose dependence on gamma is read from the loss per
 bin of logSNR (|eps' - eps|^2 = gamma times the EDM-weighted loss) instead of being differentiated through the network, and the
-smoothness (d^2 gamma / dt^2)^2. The schedule depends neither on the pixel nor on a condition, as it does there. Its ends are
-the 1e-3 quantiles of the configured density (the clip of its code, 1e-6 and 0.99999, reaches far beyond what is useful to
-draw). What a maintainer must not break: pure functions of plain numbers, as in noise_progress.py.
+smoothness (d^2 gamma / dt^2)^2, which has to hold the curve alone: at the weight of its code a third of it collapsed
+(docs/LOG.md). The schedule depends neither on the pixel nor on a condition, as it does there. Its ends are the 1e-3 quantiles
+of the configured density (the clip of its code, 1e-6 and 0.99999, reaches far beyond what is useful to draw).
+What a maintainer must not break: pure functions of plain numbers, as in noise_progress.py.
 """
 
 import torch
