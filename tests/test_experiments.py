@@ -70,8 +70,9 @@ def test_goes_on_in_the_middle_of_a_cell_and_tabulates_what_it_ran(tiny, tmp_pat
 def test_the_experiments_of_this_repository_load_with_the_sizes_they_state(tmp_path):
     for path in experiments.FOLDER.glob("*.yaml"):
         experiment = experiments.read(path.stem)
-        found = experiments.cells(experiment, tmp_path, None, experiment.seeds, [])
-        assert len({c.folder for c in found}) == len(found) == len(experiment.arms) * len(experiment.seeds) >= 9
+        found = experiments.cells(experiment, tmp_path, None, experiment.seeds[:2], [])
+        assert len({c.folder for c in found}) == len(found) == len(experiment.arms) * 2 >= 6
+        assert len(experiment.seeds) >= 3
         assert [c.seed for c in found] == sorted(c.seed for c in found), "a seed is done for all arms before the next"
         common = [
             {**config.to_dict(c.config), "run": 0, "seed": 0, "model": 0, "noise": 0, "loss": 0, "lr": 0} for c in found
