@@ -76,6 +76,24 @@ DEVICES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("device", ["cpu", DEVICES[1]])
+def test_pictures_decoded_beside_are_those_in_turn(device, monkeypatch):
+    """Guided in an interval, in batches that do not divide; from a GPU too, where rounding may move a pixel by a step."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = sampling_benchmark.SMALL | {"num_blocks": 1, "channel_mult": [1, 2], "model_channels": 16}
+    data = {"codec": "pixels", "codec_hash": "", "mean": [100.0] * 4, "std": [60.0] * 4}
+    header = {"model": model, "data": data, "noise": {"density": "lognormal", "P_mean": -0.4, "P_std": 1.0}}
+    settings = Settings(steps=3, guidance=1.5, interval=(0.1, 20.0))
+    one, other = (
+        Drawing(sampling_benchmark._network(model, "fp32", w), header, settings, None, w) for w in ("cpu", device)
+    )
+    expected = torch.cat([one.decode(x) for _, x in one.batches(range(7), 3)])
+    found = list(other.decoded(range(7), 3))
+    assert [p for where, _ in found for p in where] == list(range(7))
+    far = (torch.cat([pictures for _, pictures in found]).int() - expected.int()).abs()
+    assert expected.float().std() > 10 and far.max() <= (0 if device == "cpu" else 1)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_compiled_drawing_is_the_plain_one(device, monkeypatch):
     # torch lets cuDNN convolve fp32 in TF32: 2^-11 a factor, more than is allowed here after five guided evaluations
