@@ -178,6 +178,20 @@ def test_signals_at_any_time_lead_to_one_status(data, tmp_path, when, numbers, s
     assert (state["clock"] == 0) == (when == "starting"), "no step is waited for"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "number", "status"), [(0, signal.SIGINT, 130), (1, signal.SIGTERM, 75)])
+def test_a_signal_ends_the_wait_for_ranks_that_do_not_come(data, tmp_path, rank, number, status):  # noqa: F811
+    ranks = start(tmp_path / "run", data)
+    ranks.processes[1 - rank].kill()
+    time.sleep(3)  # it waits by now; if not, it stops all the same
+    sent = time.monotonic()
+    ranks.processes[rank].send_signal(number)
+    assert ranks.processes[rank].wait(120) in (status, -number), ranks.output()
+    assert time.monotonic() - sent < 100, "without the signal it waits for ten minutes"
+    ranks.kill()
+    assert "Traceback" not in ranks.output()
+
+
 def left_alone_with_a_full_log(folder: str) -> str:
     import os
     from datetime import timedelta

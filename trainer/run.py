@@ -80,7 +80,8 @@ class Run:
         hang = self.config.engine.hang_seconds or MEETING_SECONDS
         self.patience = max(COLLECTIVE_SECONDS, 2 * PATIENCE_FACTOR * hang)
         # the watchdog speaks first: a collective's own timeout names nobody
-        self.rank, self.world = start_process_group(hang, self.patience, self.folder)
+        with self.stop.alone():
+            self.rank, self.world = start_process_group(hang, self.patience, self.folder)
         with connected_within(max(hang, CONNECTING_SECONDS), self.folder):
             self.peers = Peers(self.folder, self.rank, self.world, self._group(FOREVER))
 

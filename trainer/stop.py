@@ -5,12 +5,17 @@ started after the step and read after the next one, so that it never waits for a
 `listen` runs before the slow imports, so that a signal during start-up is kept, not lost.
 """
 
+import contextlib
+import os
 import signal
+import sys
+import threading
 
 # exit statuses, by how they are understood in cluster/job.py; the larger one wins a vote
 START_AGAIN = 75  # EX_TEMPFAIL: saved, start me again
 INTERRUPTED = 130  # saved after Ctrl-C, don't restart
 
+ALONE_SECONDS = 5.0  # for the other ranks to come after all, with which to agree
 STATUS = {signal.SIGTERM: START_AGAIN, signal.SIGUSR2: START_AGAIN, signal.SIGINT: INTERRUPTED}
 
 
@@ -31,6 +36,37 @@ class Stop:
     def request(self, status: int) -> None:
         """Ask for a stop with this exit status."""
         self.requested = max(self.requested, status)
+
+    @contextlib.contextmanager
+    def alone(self, seconds: float = ALONE_SECONDS):
+        """Let a signal end this process where the block, a wait for other ranks, goes on for `seconds` after it: nothing is lost.
+
+        The wait is the library's, in which no handler of Python runs: a thread hears of the signal through a pipe.
+        """
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        done = threading.Event()
+
+        def watch() -> None:
+            while number := os.read(heard, 1):
+                status = STATUS.get(number[0])
+                if status and not done.wait(seconds):
+                    print("error: stopped before all ranks had come", file=sys.stderr, flush=True)
+                    os._exit(status)
+
+        thread = threading.Thread(target=watch, name="alone", daemon=True)
+        before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        if self.requested:  # before, while libraries were loaded
+            os.write(told, bytes([next(n for n, status in STATUS.items() if status == self.requested)]))
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            done.set()
+            os.close(told)
+            thread.join()
+            os.close(heard)
 
     def settle(self) -> None:
         """Ignore further signals: the exit status stands, and the interpreter's end would answer them with death."""
