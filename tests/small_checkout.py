@@ -68,11 +68,17 @@ tell("running")
 while clock < config.duration_images:
     time.sleep(behave.get("step_seconds", 0.05))
     clock += config.global_batch
+    holds = life == 1 and clock >= behave.get("hold", math.inf)
+    if holds:  # told when all ranks do: one that is still starting would begin its first life in the next attempt
+        (run / f".held{rank}").touch()
+        marks = [run / f".held{k}" for k in range(int(os.environ["WORLD_SIZE"]))]
+        while rank == 0 and not asked and not all(mark.exists() for mark in marks):
+            time.sleep(0.02)
     tell("running")
     if rank == 0:
         with open(run / "metrics.jsonl", "a") as f:
             f.write(json.dumps({"evenkeel_images_seen": clock, "evenkeel_images_per_second": 400.0, "evenkeel_loss": 0.5}) + "\\n")
-    while life == 1 and clock >= behave.get("hold", math.inf) and not asked and not (run / ".release").exists():
+    while holds and not asked and not (run / ".release").exists():
         time.sleep(0.02)
     for wrong in behave.get("wrongs", []):
         if life in wrong["lives"] and clock == wrong["clock"] and rank in wrong.get("ranks", [0, 1]):
