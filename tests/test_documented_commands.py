@@ -10,10 +10,10 @@ import shlex
 
 import pytest
 
-from tests.test_layout import ROOT
+from tests.test_layout import FILES, ROOT
 from trainer import config
 
-PLACES = ["README.md", "CONTRIBUTING.md", "docs/*.md", "cluster/monitoring/README.md", "configs/**/*.yaml", "**/*.py"]
+TEXTS = ["README.md", "CONTRIBUTING.md", "docs/*.md", "cluster/monitoring/README.md", "configs/**/*.yaml"]
 # python -m room.module WORDS, also behind torchrun, and python cluster/file.py WORDS: to the end of the line or of `code`
 COMMAND = re.compile(
     r"(?:(?:python|torchrun [^`\n]*?) -m |python )((?:trainer|cluster|data_pipeline|models)[./][\w./]*)([^`\n#;]*)"
@@ -28,18 +28,14 @@ class Parsed(Exception):
 def documented() -> dict[tuple[str, str], str]:
     """Return (module, words) -> the place that shows it."""
     found = {}
-    for pattern in PLACES:
-        for path in sorted(ROOT.glob(pattern)):
-            if path.relative_to(ROOT).parts[0] in ("tests", "runs", ".venv"):
-                continue
-            text = re.sub(r"\\\n\s*#?", " ", path.read_text())  # continued lines
-            for line in text.splitlines():
-                if path.suffix == ".py" and not line.startswith(("    python ", '"""')):
-                    continue  # of programs: what their docstrings show
-                for module, words in COMMAND.findall(line):
-                    name = module.removesuffix(".py").replace("/", ".")
-                    if name == "cluster.requeue":  # inside a job only
-                        continue
+    for path in [*(path for pattern in TEXTS for path in sorted(ROOT.glob(pattern))), *FILES]:
+        text = re.sub(r"\\\n\s*#?", " ", path.read_text())  # continued lines
+        for line in text.splitlines():
+            if path.suffix == ".py" and not line.startswith(("    python ", '"""')):
+                continue  # of programs: what their docstrings show
+            for module, words in COMMAND.findall(line):
+                name = module.removesuffix(".py").replace("/", ".")
+                if name != "cluster.requeue":  # inside a job only
                     found.setdefault((name, _tidy(words)), str(path.relative_to(ROOT)))
     return found
 

@@ -213,6 +213,23 @@ def test_shifted_polynomial_draws_are_the_papers_index(levels):
     assert density.mass[-1] < 0.5 * plain.mass[-1], "the lowest level loses most"
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "shape"),
+    [
+        ("logit_normal", {"logit_mean": 0.0, "logit_std": 0.5}, "normal"),
+        ("laplace", {"mu": 0.0, "b": 1.0}, "laplace"),
+        ("cosine", {"mu": 0.0, "s": 1.0}, "cosine"),
+        ("flow", {"mu": 0.0}, "logistic"),
+    ],
+)
+def test_the_config_knows_without_torch_how_far_a_density_reaches(name, keys, shape):
+    from trainer import noise_checks
+
+    _, _, scale = noise_checks._PLACE[name](keys)
+    farthest = noise.density({"density": name, **keys}, 0.5).isf(torch.tensor(2.0**-33, dtype=torch.float64)).item()
+    assert farthest / scale == pytest.approx(noise_checks._REACH[shape], abs=0.006)
+
+
 @pytest.mark.parametrize("which", ["uniform", "nonuniform"])
 def test_fast_ddpm_draws_the_levels_of_its_own_grid_equally(which):
     density = noise.density({"density": f"fastddpm-{which}"}, 0.5)
