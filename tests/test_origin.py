@@ -44,8 +44,9 @@ def test_weights_mean_the_same_function_and_the_file_is_named(tmp_path):
     path = trained(tmp_path / "phema.safetensors")
     config = config_from(path, model__dropout=0.1)  # another regularisation is no other network
     module = denoiser.build(to_dict(config)["model"])
-    header = origin.check(config)
-    origin.load(module, path)
+    said = []
+    found = origin.begin(config, module, SimpleNamespace(mean=[127.5, 0.0], std=[63.75, 63.75]), said.append)
+    assert "[127.5, 127.5] then, [127.5, 0.0] now" in said[0] and str(path) in said[1]
     for weight in magnitude.normalized_parameters(module).values():
         size = weight.square().mean(tuple(range(1, weight.ndim))).sqrt().detach()
         assert float((size - (1 - magnitude.EPS)).abs().max()) < 1e-5
@@ -54,7 +55,6 @@ def test_weights_mean_the_same_function_and_the_file_is_named(tmp_path):
     with torch.no_grad():
         ours, theirs = module.eval()(x, sigma, labels), reference(x, sigma, labels)
     assert float((ours - theirs).abs().max()) < 2e-3 * float(theirs.abs().max()), "rows differ by 1e-4 / RMS"
-    found = origin.provenance(header, path)
     assert (found["file"], found["run"], found["clock"], found["sigma_rel"]) == (path.name, "a", 4096, 0.13)
     assert found["origin"] == {"run": "older"} and "parent" not in found
     other = trained(tmp_path / "other.safetensors", run="b")
@@ -129,6 +129,13 @@ def begun(path: str) -> list[bool]:
     return equal
 
 
+def alike(path, other) -> float:
+    """Return the mean cosine of the angle between the weights of two files."""
+    (a, b) = (dict(tensor_file.iterate_tensors(p)) for p in (path, other))
+    cosines = [torch.cosine_similarity(t.flatten(), b[n].flatten(), 0) for n, t in a.items() if t.ndim > 1]
+    return float(torch.stack(cosines).mean())
+
+
 def test_masters_averages_and_copies_begin_with_the_file_at_every_stage(tmp_path):
     assert on_ranks(2, begun, str(trained(tmp_path / "a.safetensors"))) == [[True] * 6] * 2
 
@@ -142,9 +149,13 @@ def test_provenance_goes_into_every_later_file_and_the_file_is_read_once(data, t
     ranks = start(tuned, data, f"start_from={made}", "model.model_channels=16", "model.channels_per_head=16")
     assert ranks.wait() == [2, 2] and "holds another network" in ranks.output() and "Traceback" not in ranks.output()
     tuned = tmp_path / "tuned2"
-    finish(tuned, data, f"start_from={made}", f"duration_images={6 * BATCH}", "engine.zero_stage=2")
+    keys = [f"start_from={made}", "seed=9"]  # by itself it would begin elsewhere
+    finish(tuned, data, *keys, f"duration_images={6 * BATCH}", "engine.zero_stage=2")
+    began = tmp_path / "began.safetensors"
+    assert checkpoint.main([str(tuned), "--consolidate", str(began)]) == 0
+    assert alike(began, made) > 0.9, "six steps do not lead away from where it began"
     made.unlink()
-    finish(tuned, data, f"start_from={made}", world=1)
+    finish(tuned, data, *keys, world=1)
     expected = {"file": "phema.safetensors", "kind": "posthoc", "run": "first", "sigma_rel": 0.08}
     again = tmp_path / "again.safetensors"
     assert posthoc.main([str(tuned), "--sigma-rel", "0.07", "--out", str(again)]) == 0
